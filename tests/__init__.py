@@ -1,0 +1,1 @@
+"""The tests, and the makers of tiny models and videos that they share (`from tests.tiny import ...`)."""
