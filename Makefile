@@ -29,7 +29,7 @@ else
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.installed
 endif
-PYTEST := -m pytest -q -n $(JOBS)
+PYTEST := -m pytest -q -n $(JOBS) --dist loadgroup
 # One thread per test process: two processes with two threads each slow one another down on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 

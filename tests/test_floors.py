@@ -1,0 +1,241 @@
+"""Who may import whom, read from the syntax trees; nothing of the package is imported here.
+
+Floors: 0 shared functions < 1 encoders < 2 architectures < 3 conversion, trainers, evaluation < 4 the face, cards, tests.
+Imports go down or stay in the same folder, and no architecture knows another one.
+"""
+
+import ast
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("modeling", "processing", "conversion", "trainers", "evaluation", "hub_cards", "longvideo", "tests")
+
+# Longest prefix wins. A module that is not covered by a line fails test_every_file_has_a_floor.
+FLOORS = {
+    "modeling/layers": 0,
+    "processing/shared": 0,
+    "trainers/losses.py": 0,
+    "evaluation/metrics.py": 0,
+    "modeling/encoders": 1,
+    "modeling": 2,
+    "processing": 2,
+    "conversion": 3,
+    "trainers": 3,
+    "evaluation": 3,
+    "longvideo": 4,
+    "hub_cards": 4,
+    "tests": 4,
+}
+# Commands that are run with `python -m` and that use the package as its users do: they may use the face.
+COMMANDS = ("evaluation/demo.py", "evaluation/bench.py", "evaluation/train_tiny.py", "evaluation/tiny_report.py")
+SHARED_BELOW_2 = ("layers", "encoders", "shared")
+
+# What a floor may import from outside at the top of a module. Everything else is imported where it is used.
+BASE = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "av", "PIL", "torchvision", "tqdm", "packaging"}
+ALLOWED_AT_TOP = {
+    "modeling/layers": {"torch", "numpy"},
+    "trainers/losses.py": {"torch", "numpy"},
+    "evaluation/metrics.py": {"numpy", "torch"},
+    "processing/shared": {"torch", "numpy", "av", "PIL", "torchvision", "transformers", "tqdm"},
+}
+ABSENT_ON_SOME_MACHINES = {
+    "accelerate", "cv2", "datasets", "decord", "flash_attn", "jinja2", "liger_kernel", "matplotlib", "peft", "psutil",
+    "torchcodec", "trl", "yaml",
+}  # fmt: skip
+
+
+def _files(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in found if "__pycache__" not in path.parts]
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def _longest(table: dict[str, object], name: str) -> str | None:
+    fits = [key for key in table if name == key or name.startswith(f"{key}/")]
+    return max(fits, key=len) if fits else None
+
+
+def _module_of(name: str) -> str:
+    """Dotted module of a file: modeling/layers/x.py -> longvideo.modeling.layers.x, longvideo/cli/x.py -> longvideo.cli.x."""
+    parts = name.removesuffix(".py").split("/")
+    if parts[-1] == "__init__":
+        parts.pop()
+    return ".".join(parts if parts[0] in ("longvideo", "tests") else ["longvideo", *parts])
+
+
+def _imports(path: Path) -> Iterator[tuple[str, int, bool]]:
+    """Yields (dotted target, line, whether it stands at the top of the module) for every import of a file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    name = _name(path)
+    package = _module_of(name).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    at_top = {id(node) for node in _top_level(tree.body)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno, id(node) in at_top
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{stem}.{alias.name}" if stem else alias.name, node.lineno, id(node) in at_top
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run on import: the module body and its if/try blocks, except `if TYPE_CHECKING:`."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.If):
+            if "TYPE_CHECKING" not in ast.unparse(node.test):
+                yield from _top_level(node.body)
+            yield from _top_level(node.orelse)
+        elif isinstance(node, ast.With | ast.Try):
+            yield from _top_level(node.body)
+            for handler in getattr(node, "handlers", []):
+                yield from _top_level(handler.body)
+
+
+def _target_file(target: str) -> str | None:
+    """The file or folder of ours that a dotted import names, relative to the root; None for other packages."""
+    parts = target.split(".")
+    if parts[0] == "longvideo":
+        parts = parts[1:] if len(parts) > 1 and parts[1] in FOLDERS else parts
+    elif parts[0] != "tests":
+        return None
+    while parts:
+        stem = "/".join(parts)
+        if (ROOT / f"{stem}.py").is_file():
+            return f"{stem}.py"
+        if (ROOT / stem).is_dir():
+            return stem
+        parts.pop()
+    return None
+
+
+def _floor(name: str) -> int:
+    if name in COMMANDS:
+        return FLOORS["longvideo"]
+    key = _longest(FLOORS, name)
+    assert key is not None, f"{name} lies on no floor"
+    return FLOORS[key]
+
+
+def _architecture(name: str) -> str | None:
+    parts = name.split("/")
+    if parts[0] in ("modeling", "processing") and len(parts) > 2 and parts[1] not in SHARED_BELOW_2:
+        return parts[1]
+    if parts[0] in ("modeling", "processing") and len(parts) == 2 and (ROOT / name).is_dir():
+        return None if parts[1] in SHARED_BELOW_2 else parts[1]
+    return None
+
+
+def violations_of(name: str, imports: list[tuple[str, int, bool]]) -> list[str]:
+    """Every broken rule of one file, as lines to read."""
+    found = []
+    for target, line, at_top in imports:
+        where, root = f"{name}:{line}", target.split(".")[0]
+        if root in FOLDERS and root not in ("longvideo", "tests"):
+            found.append(f"{where} imports `{root}` by its bare name; write longvideo.{root}")
+        if at_top and root in ABSENT_ON_SOME_MACHINES and not name.startswith("tests/"):
+            found.append(f"{where} imports the optional package {root} at the top; import it where it is used")
+        file = _target_file(target)
+        if file is None:
+            allowed = _longest(ALLOWED_AT_TOP, name)
+            known = ALLOWED_AT_TOP[allowed] if allowed else BASE
+            if at_top and root not in known | set(sys.stdlib_module_names) and not name.startswith("tests/"):
+                found.append(f"{where} imports {root}, which this floor does without")
+            continue
+        mine, theirs = _floor(name), _floor(file)
+        if theirs > mine:
+            found.append(f"{where} imports upwards: floor {mine} -> {file} on floor {theirs}")
+        if mine == 0 and theirs == 0 and _longest(FLOORS, file) != _longest(FLOORS, name):
+            found.append(f"{where} imports {file}: floor 0 folders do not know each other")
+        a, b = _architecture(name), _architecture(file)
+        if a and b and a != b:
+            found.append(f"{where}: architecture {a} imports architecture {b}")
+        if a and b and name.split("/")[0] != file.split("/")[0]:
+            found.append(f"{where}: {name.split('/')[0]}/{a} imports {file}; only the registration knows both sides")
+    return found
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_go_down_only(folder: str) -> None:
+    found = [line for path in _files(folder) for line in violations_of(_name(path), list(_imports(path)))]
+    assert not found, "\n".join(found)
+
+
+def test_every_file_has_a_floor() -> None:
+    files = _files(*FOLDERS)
+    assert len(files) > 20, "the walk found too little: is ROOT right?"
+    assert [_name(path) for path in files if _longest(FLOORS, _name(path)) is None] == []
+    strays = [path.name for path in ROOT.glob("*.py")]
+    assert strays == [], f"python files at the root would be top-level modules: {strays}"
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("modeling/layers/x.py", "longvideo.modeling.encoders", "upwards"),
+        ("modeling/layers/x.py", "transformers", "does without"),
+        ("modeling/layers/x.py", "longvideo.processing.shared", "do not know each other"),
+        ("modeling/encoders/umt/x.py", "longvideo.modeling.videochat_flash", "upwards"),
+        ("modeling/longvu/x.py", "longvideo.modeling.videochat_flash", "architecture longvu imports"),
+        ("processing/videochat_flash/x.py", "longvideo.modeling.videochat_flash", "only the registration"),
+        ("processing/videochat_flash/x.py", "longvideo.conversion", "upwards"),
+        ("conversion/x.py", "longvideo.cli", "upwards"),
+        ("trainers/x.py", "peft", "optional package peft"),
+        ("longvideo/x.py", "modeling.layers", "bare name"),
+        ("modeling/layers/x.py", "longvideo.modeling.layers.token_merging", None),
+        ("modeling/videochat_flash/x.py", "longvideo.modeling.encoders.umt", None),
+        ("trainers/x.py", "longvideo.modeling.videochat_flash", None),
+    ],
+)
+def test_the_rules_see_what_they_should(name: str, target: str, expected: str | None) -> None:
+    found = violations_of(name, [(target, 1, True)])
+    assert (found == []) if expected is None else any(expected in line for line in found), found
+
+
+def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "modeling" / "longvu" / "modeling_longvu.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("from . import a\nfrom .b import c\nfrom ..videochat_flash.d import e\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    targets = [target for target, _, _ in _imports(file)]
+    stem = "longvideo.modeling"
+    assert targets == [f"{stem}.longvu.a", f"{stem}.longvu.b.c", f"{stem}.videochat_flash.d.e"]
+
+
+def _text_files() -> list[Path]:
+    suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".jinja", ".cfg", ".svg", ".sh"}
+    inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    top = [path for path in ROOT.iterdir() if path.suffix in suffixes or path.name in ("Makefile", "run")]
+    return [path for path in [*inside, *top, ROOT / ".ci" / "run"] if path.is_file() and "__pycache__" not in path.parts]
+
+
+def test_no_package_registry_and_no_machine_is_named() -> None:
+    """A checkout installs from whatever index the user's pip has; paths of one machine help nobody else."""
+    banned = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"))]
+    banned += ["--extra-index-url", "/".join(("", "work", "")), "/".join(("", "opt", "lv"))]
+    found = [
+        f"{_name(path)}: {word}"
+        for path in _text_files()
+        if path != Path(__file__).resolve()
+        for word in banned
+        if word in path.read_text(encoding="utf-8")
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_ruff_bans_the_same_bare_names() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    banned = set(config["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"])
+    assert banned == set(FOLDERS) - {"longvideo", "tests"}
