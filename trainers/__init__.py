@@ -1,0 +1,18 @@
+"""Training on video: `VideoSFTTrainer`, its arguments and its collator."""
+
+from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
+from longvideo.trainers.sft_config import VideoSFTConfig, load_recipe, part_of
+from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint, set_trainable_parts
+
+__all__ = [
+    "IGNORE_INDEX",
+    "VideoSFTCollator",
+    "VideoSFTConfig",
+    "VideoSFTTrainer",
+    "check_batch",
+    "find_last_checkpoint",
+    "load_recipe",
+    "normalize_messages",
+    "part_of",
+    "set_trainable_parts",
+]

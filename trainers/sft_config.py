@@ -1,0 +1,163 @@
+"""Arguments of supervised finetuning on video."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+# Public module names of every model here: first name on the way to a parameter that is listed decides its part.
+PART_MODULES: dict[str, tuple[str, ...]] = {
+    "language_model": ("language_model", "lm_head"),
+    "connector": ("multi_modal_projector",),
+    "vision_tower": ("vision_tower",),
+}
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+def part_of(parameter_name: str) -> str | None:
+    """Name the part of the model that a parameter belongs to.
+
+    Args:
+        parameter_name: Dotted name as `named_parameters()` gives it, with or without wrappers' prefixes.
+
+    Returns:
+        "language_model", "connector", "vision_tower", or None for a parameter outside of them.
+
+    Source: VideoChat-Flash training code, which matches "vision_tower" and "mm_projector" and calls the rest the LLM.
+    """
+    for component in parameter_name.split("."):
+        for part, modules in PART_MODULES.items():
+            if component in modules:
+                return part
+    return None
+
+
+@dataclass
+class VideoSFTConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of staged video finetuning.
+
+    Args:
+        trainable_parts: Parts that learn, out of "vision_tower", "connector", "language_model" (with `lm_head`);
+            all other parameters are frozen. None leaves `requires_grad` as the model has it.
+        vision_tower_learning_rate: Peak learning rate of the vision tower; None takes `learning_rate`.
+        connector_learning_rate: Peak learning rate of the projector; None takes `learning_rate`.
+        max_length: Most tokens of a row, visual placeholders included (see `VideoSFTCollator`).
+        mask: Which tokens are supervised, "assistant" or "all" (see `VideoSFTCollator`).
+        label_rule: None, or "videochat_flash" for the original's labels (see `VideoSFTCollator`).
+        processor_kwargs: Given to the processor for every row, for example `{"min_frames": 64, "max_frames": 512}`.
+
+    Raises:
+        ValueError: An unknown part, a non-positive learning rate, or a setting that breaks batches of flat pixels.
+    """
+
+    # The lists and dicts that the command line may give as JSON text.
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "processor_kwargs"]
+
+    # The columns of a dataset are messages, never arguments of the model's forward.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rows hold messages."})
+    trainable_parts: list[str] | None = field(
+        default=None, metadata={"help": "Parts that learn: vision_tower, connector, language_model. Default: as is."}
+    )
+    vision_tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+    )
+    connector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector. Default: learning_rate."}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; None for no limit."})
+    mask: str = field(default="assistant", metadata={"help": "Supervised tokens: assistant or all."})
+    label_rule: str | None = field(default=None, metadata={"help": "None, or videochat_flash."})
+    processor_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of the processor for every row, as JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns=True would drop the `messages` column that the collator reads. Leave it False."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} needs logits as long as the labels, but a "
+                "model may shorten the sequence and computes its own loss. Set it to 0."
+            )
+        unknown = sorted(set(self.trainable_parts or ()) - set(PART_MODULES))
+        if unknown or self.trainable_parts == []:
+            raise ValueError(
+                f"trainable_parts={self.trainable_parts} must name one or more of {sorted(PART_MODULES)}, or be None."
+            )
+        for name in ("vision_tower_learning_rate", "connector_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(
+                    f"{name}={value} must be positive; to freeze the part, leave it out of trainable_parts."
+                )
+        # Slicing a batch along dim 0 on the main process would cut through flat frames of one video.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
+        elif self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches=True slices batches along their first axis, which for videos is "
+                "frames, not rows. Leave it unset."
+            )
+
+    @property
+    def part_learning_rates(self) -> dict[str, float]:
+        """Peak learning rate of every part; parameters outside of the parts take that of the language model."""
+        chosen = {"connector": self.connector_learning_rate, "vision_tower": self.vision_tower_learning_rate}
+        return {part: self.learning_rate if chosen.get(part) is None else float(chosen[part]) for part in PART_MODULES}
+
+    @classmethod
+    def from_recipe(cls, recipe: str, stage: str | int, *, output_dir: str, **overrides: Any) -> "VideoSFTConfig":
+        """Build the arguments of one stage of a recipe file.
+
+        Args:
+            recipe: Name of a file in `trainers/recipes` without its ending, or a path to a yaml file.
+            stage: Key of the stage, or its 1-based number in the order of the file.
+            output_dir: Where checkpoints go.
+            **overrides: Arguments that replace the recipe's.
+
+        Returns:
+            The arguments.
+
+        Raises:
+            FileNotFoundError: No such recipe.
+            ValueError: No such stage.
+        """
+        stages = load_recipe(recipe)["stages"]
+        names = list(stages)
+        name = names[stage - 1] if isinstance(stage, int) and 1 <= stage <= len(names) else stage
+        if name not in stages:
+            raise ValueError(
+                f"Recipe {recipe!r} has no stage {stage!r}; it has {names} (or numbers 1 to {len(names)})."
+            )
+        return cls(**{"output_dir": output_dir, **stages[name]["args"], **overrides})
+
+
+def load_recipe(recipe: str) -> dict[str, Any]:
+    """Read a recipe file.
+
+    Args:
+        recipe: Name of a file in `trainers/recipes` without its ending, or a path to a yaml file.
+
+    Returns:
+        Its contents: `stages`, a dict whose entries have `args` (fields of `VideoSFTConfig`) and notes.
+
+    Raises:
+        FileNotFoundError: No such recipe; the text lists those that exist.
+        ValueError: The file has no `stages`.
+    """
+    import yaml
+
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES_DIR / f"{recipe}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
+        raise FileNotFoundError(
+            f"No recipe {recipe!r}: {path.name} does not exist. Known: {known}, or give a .yaml path."
+        )
+    contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(contents, dict) or not isinstance(contents.get("stages"), dict):
+        raise ValueError(f"{path.name} is no recipe: expected a mapping with `stages`.")
+    return contents
