@@ -1,0 +1,1 @@
+"""Metrics, procedural videos, question answering and benchmarks."""
