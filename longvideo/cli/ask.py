@@ -1,0 +1,209 @@
+"""`longvideo ask VIDEO QUESTION`."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longvideo.pipelines import VideoQuestionAnsweringPipeline
+
+HELP = (
+    "Ask a question about a video file and print the answer. Without --model the tiny checkpoint inside the package "
+    "answers; it knows coloured shapes only."
+)
+TINY = "videochat_flash"
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument("video", metavar="VIDEO", help="video file, URL or folder of pictures")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or Hub id (default: the tiny one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with timings and token counts")
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is being written")
+    parser.add_argument("--show-kept", metavar="PNG", help="draw the frames with the tokens that survive compression")
+    frames = parser.add_argument_group("frames")
+    frames.add_argument("--num-frames", type=int, metavar="N", help="sample exactly N frames")
+    frames.add_argument("--fps", type=float, metavar="X", help="sample X frames per second")
+    frames.add_argument("--min-frames", type=int, metavar="N", help="at least N frames")
+    frames.add_argument("--max-frames", type=int, metavar="N", help="at most N frames")
+    frames.add_argument("--start", type=float, metavar="SECONDS", help="leave out what comes before")
+    frames.add_argument("--end", type=float, metavar="SECONDS", help="leave out what comes after")
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--visual-dropout",
+        metavar="on|off|TYPE:LAYERS:RATIOS",
+        help="dropping of visual tokens inside the language model, for example uniform0_attention:4,18:1,0.75,0.25",
+    )
+    model.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens (default 256)")
+    model.add_argument("--device", help="cpu, cuda:0 ... (default: the first accelerator, else the CPU)")
+    model.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32 (default: as saved)")
+    model.add_argument(
+        "--options", nargs="+", metavar="TEXT", help="compare these answers by their likelihood instead"
+    )
+
+
+def parse_visual_dropout(text: str | None) -> bool | dict[str, Any] | None:
+    """Read `on`, `off` or TYPE:LAYERS:RATIOS.
+
+    Args:
+        text: the command-line value; None means that the checkpoint decides.
+
+    Returns:
+        What `generate(visual_dropout=...)` takes.
+
+    Raises:
+        ValueError: another form, or counts of layers and ratios that do not belong together.
+    """
+    if text is None or text in ("on", "off"):
+        return None if text is None else text == "on"
+    parts = text.split(":")
+    try:
+        kind, layers_text, ratios_text = parts
+        layers = [int(value) for value in layers_text.split(",") if value]
+        ratios = [float(value) for value in ratios_text.split(",") if value]
+    except ValueError as error:
+        raise ValueError(
+            f"--visual-dropout takes on, off or TYPE:LAYERS:RATIOS such as uniform0_attention:4,18:1,0.75,0.25; "
+            f"got {text!r}."
+        ) from error
+    if len(ratios) != len(layers) + 1:
+        raise ValueError(
+            f"--visual-dropout needs one ratio more than layers (the first is the share before any drop); "
+            f"got {len(layers)} layers and {len(ratios)} ratios in {text!r}."
+        )
+    return {"type": kind, "layers": layers, "ratios": ratios}
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before a model is loaded.
+
+    Raises:
+        ValueError: with the argument and what it should be.
+        OSError: the video does not exist, or the picture's folder.
+    """
+    from longvideo.pipelines.inputs import check_question, check_source
+
+    check_source(args.video)
+    check_question(args.question)
+    for name in ("num_frames", "fps", "min_frames", "max_frames", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}.")
+    if args.num_frames is not None and args.fps is not None:
+        raise ValueError("--num-frames and --fps exclude each other; give one.")
+    if args.min_frames is not None and args.max_frames is not None and args.min_frames > args.max_frames:
+        raise ValueError(f"--min-frames {args.min_frames} is more than --max-frames {args.max_frames}.")
+    if args.start is not None and args.end is not None and args.start >= args.end:
+        raise ValueError(f"--start {args.start:g} s must come before --end {args.end:g} s.")
+    if args.options is not None and (args.stream or args.show_kept):
+        raise ValueError("--options only compares likelihoods; it does not go with --stream or --show-kept.")
+    if args.stream and args.json:
+        raise ValueError("--stream and --json exclude each other; give one.")
+    if args.show_kept:
+        check_picture_path(Path(args.show_kept))
+
+
+def check_picture_path(path: Path) -> None:
+    """Refuse a picture that could not be written, before minutes of work.
+
+    Raises:
+        ValueError: the ending names no picture format.
+        OSError: there is no such folder, or the path is a folder.
+    """
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"--show-kept writes {', '.join(PICTURE_SUFFIXES)}; got '{path}'.")
+    if path.is_dir():
+        raise IsADirectoryError(f"--show-kept '{path}' is a folder; give a file name.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"The folder of --show-kept '{path}' does not exist; make it first.")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load the model, ask, print."""
+    check_arguments(args)
+    dropout = parse_visual_dropout(args.visual_dropout)
+    from transformers.utils import logging
+
+    import longvideo
+    from longvideo.pipelines import load_pipeline
+
+    model = args.model
+    if model is None:
+        model = str(longvideo.tiny_checkpoint(TINY))
+        print(
+            "No --model given: the tiny embedded VideoChat-Flash answers. It was trained on coloured shapes only.",
+            file=sys.stderr,
+        )
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    pipe = load_pipeline(model, device=args.device, dtype=args.dtype)
+    names = ("num_frames", "fps", "min_frames", "max_frames", "start", "end")
+    call = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if dropout is not None:
+        call["visual_dropout"] = dropout
+    report: dict[str, Any] = {"video": args.video, "question": args.question, "model": model}
+    if args.options is not None:
+        return _compare(pipe, args, call, report)
+    if args.max_new_tokens is not None:
+        call["max_new_tokens"] = args.max_new_tokens
+    return _answer(pipe, args, call, report)
+
+
+def _compare(
+    pipe: "VideoQuestionAnsweringPipeline", args: argparse.Namespace, call: dict[str, Any], report: dict[str, Any]
+) -> int:
+    scores = pipe.score_options(args.video, args.question, args.options, **call)
+    best = args.options[scores.index(max(scores))]
+    if args.json:
+        options = [{"text": text, "score": score} for text, score in zip(args.options, scores, strict=True)]
+        print(json.dumps({**report, "answer": best, "options": options}, indent=2))
+        return 0
+    total = sum(math.exp(score) for score in scores)
+    for text, score in sorted(zip(args.options, scores, strict=True), key=lambda pair: -pair[1]):
+        print(f"{math.exp(score) / total:7.1%}  {score:8.3f}  {text}")
+    print("(share among the options, mean log-probability per token, option)", file=sys.stderr)
+    return 0
+
+
+def _answer(
+    pipe: "VideoQuestionAnsweringPipeline", args: argparse.Namespace, call: dict[str, Any], report: dict[str, Any]
+) -> int:
+    call.update(return_timings=True, return_token_counts=True, return_kept_tokens=bool(args.show_kept) or None)
+    if args.stream:
+        stream = pipe(args.video, args.question, stream=True, **call)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+        result = stream.result
+    else:
+        result = pipe(args.video, args.question, **call)
+    kept = result.pop("kept_tokens", None)
+    if kept is not None:
+        from longvideo.show_kept import draw
+
+        draw(kept["frames"], kept["merge_groups"], kept["stages"], args.show_kept, first_token=kept["first_token"])
+    if args.json:
+        picture = {"kept_picture": args.show_kept} if kept is not None else {}
+        chosen = {key: result[key] for key in ("answer", "timings", "token_counts")}
+        print(json.dumps({**report, **chosen, **picture}, indent=2))
+        return 0
+    if not args.stream:
+        print(result["answer"])
+    print(describe(result), file=sys.stderr)
+    if kept is not None:
+        print(f"kept tokens drawn in {args.show_kept}", file=sys.stderr)
+    return 0
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Return one line about frames, tokens and seconds of an answer."""
+    counts, seconds = result["token_counts"], result["timings"]
+    steps = [f"{counts['patch_tokens']} patches", f"{counts['visual_tokens']} visual tokens"]
+    steps += [f"{stage['visual_tokens']} after layer {stage['layer']}" for stage in counts["after_stages"]]
+    times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
+    return f"{counts['frames']} frames: {' -> '.join(steps)}; {counts['text_tokens']} text tokens; {times}"

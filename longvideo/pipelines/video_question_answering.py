@@ -1,0 +1,324 @@
+"""`pipeline("video-question-answering")`: a video and a question in, an answer out.
+
+It follows the calls and outputs of the in-tree `image-text-to-text` pipeline and of the former visual question
+answering one; samples are worked off one at a time, because videos of different lengths do not stack.
+"""
+
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, Pipeline
+from transformers.utils.chat_template_utils import Chat
+
+from longvideo.pipelines import accounting, inputs
+from longvideo.pipelines.streaming import AnswerStream
+
+DEFAULT_MAX_NEW_TOKENS = 256
+SAMPLING_KEYS = ("num_frames", "fps", "min_frames", "max_frames")
+GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_"))
+PREPROCESS_KEYS = (*SAMPLING_KEYS, "start", "end", "processor_kwargs", "continue_final_message", "video_metadata")
+POSTPROCESS_KEYS = ("return_full_text", "return_timings", "return_token_counts", "return_kept_tokens")
+
+
+class VideoQuestionAnsweringPipeline(Pipeline):
+    """Answer questions about videos and pictures.
+
+    Example: `pipe(video="clip.mp4", question="What happens?")` returns `{"answer": ..., "generated_text": ...}`.
+    Greedy decoding and at most 256 new tokens, unless the call or the checkpoint's generation config says otherwise.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The library treats generation settings given here differently from version to version; keep them ourselves.
+        own = {key: kwargs.pop(key) for key in list(kwargs) if key in GENERATION_KEYS or key == "generation_config"}
+        self._init_generate_kwargs = own
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.processor, "apply_chat_template"):
+            raise ValueError(
+                f"This pipeline needs the model's processor, got {type(self.processor).__name__}. "
+                "Pass processor=AutoProcessor.from_pretrained(...), after `import longvideo`."
+            )
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        generate_kwargs = dict(given.pop("generate_kwargs", {}))
+        for key in [key for key in given if key in GENERATION_KEYS or key in ("generation_config", "streamer")]:
+            if key in generate_kwargs:
+                raise ValueError(f"'{key}' is given twice, in generate_kwargs and as an argument; keep one.")
+            generate_kwargs[key] = given.pop(key)
+        preprocess = {key: given.pop(key) for key in PREPROCESS_KEYS if key in given}
+        postprocess = {key: given.pop(key) for key in POSTPROCESS_KEYS if key in given}
+        forward: dict[str, Any] = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+        if "visual_dropout" in given:
+            forward["visual_dropout"] = given.pop("visual_dropout")
+        if postprocess.get("return_kept_tokens"):
+            forward["return_kept_tokens"] = True
+        if given:
+            known = sorted({*PREPROCESS_KEYS, *POSTPROCESS_KEYS, "visual_dropout", "generate_kwargs", "stream"})
+            raise TypeError(
+                f"Unknown argument(s) {sorted(given)} for video question answering. Known are {known} "
+                "and the settings of generate()."
+            )
+        return preprocess, forward, postprocess
+
+    def __call__(
+        self,
+        video: Any = None,
+        question: str | list[str] | None = None,
+        *,
+        image: Any = None,
+        video_metadata: dict[str, Any] | None = None,
+        stream: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Answer one or many questions.
+
+        Args:
+            video: path, URL, array (F, H, W, C), list of frames, list of videos; a dict with `video` (or `image`) and
+                `question`, or with `messages`; a list of such dicts; a generator or dataset of them; one chat (list
+                of role dicts) or a list of chats.
+            question: one question, or one per video.
+            image: a picture in place of a video.
+            video_metadata: `fps` and `total_num_frames` of a video given as an array.
+            stream: return an iterator over pieces of text (its `.result` is the dict); one sample only.
+            **kwargs: `max_new_tokens`, `generate_kwargs` and single settings of `generate`, `streamer`;
+                `num_frames`, `fps` (frames per second), `min_frames`, `max_frames`; `start`, `end` (seconds);
+                `visual_dropout` (False, True or a dict); `processor_kwargs`; `return_timings`, `return_token_counts`,
+                `return_kept_tokens`, `return_full_text` (chat only).
+
+        Returns:
+            A dict with `answer` and `generated_text` (for a chat the messages with the new turn), and on request
+            `timings` (seconds), `token_counts`, `kept_tokens`; a list of dicts for a list, an iterator for a
+            generator or dataset.
+
+        Raises:
+            ValueError: the question is empty, the prompt does not fit the model, or arguments contradict each other.
+            OSError: the video file cannot be opened.
+        """
+        if kwargs.pop("batch_size", 1) not in (None, 1):
+            warnings.warn("Videos of different lengths do not stack: batch_size is taken as 1.", stacklevel=2)
+        gathered = inputs.gather_inputs(video, question, image, video_metadata)
+        if stream:
+            return self._stream(gathered, kwargs)
+        return super().__call__(gathered, batch_size=1, **kwargs)
+
+    def _stream(self, row: Any, kwargs: dict[str, Any]) -> AnswerStream:
+        chat = isinstance(row, list) and row and inputs.is_message(row[0])
+        if not chat and not isinstance(row, Mapping):
+            raise ValueError("stream=True answers one question about one video; call once per sample.")
+        preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
+        # Decoded here, so that a wrong path is raised by the call and not by the first piece.
+        model_inputs = self.preprocess(Chat(row) if chat else row, **{**self._preprocess_params, **preprocess})
+
+        def run(streamer: Any) -> dict[str, Any]:
+            params = {**self._forward_params, **forward}
+            params["generate_kwargs"] = {**params.get("generate_kwargs", {}), "streamer": streamer}
+            outputs = self.forward(model_inputs, **params)
+            return self.postprocess(outputs, **{**self._postprocess_params, **postprocess})
+
+        return AnswerStream(run, self.processor.tokenizer)
+
+    def preprocess(
+        self,
+        row: Any,
+        *,
+        start: float | None = None,
+        end: float | None = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        continue_final_message: bool | None = None,
+        video_metadata: Any = None,
+        **sampling: Any,
+    ) -> dict[str, Any]:
+        """Decode, sample, resize and tokenize one sample."""
+        begin = time.perf_counter()
+        if not isinstance(row, (Mapping, Chat)):
+            raise ValueError(f"A {type(row).__name__} came without a question: pass question=..., or dicts with both.")
+        is_chat = isinstance(row, Chat) or "messages" in row
+        messages = row.messages if isinstance(row, Chat) else inputs.row_to_messages(row, start=start, end=end)
+        if not messages:
+            raise ValueError("An empty list of chat messages was given.")
+        inputs.check_messages(messages)
+        if continue_final_message is None:
+            continue_final_message = messages[-1]["role"] == "assistant"
+        options = {"return_tensors": "pt", **sampling, **(processor_kwargs or {})}
+        if not isinstance(row, Chat) and row.get("video_metadata") is not None:
+            video_metadata = row["video_metadata"]
+        if video_metadata is not None:
+            options["video_metadata"] = video_metadata if isinstance(video_metadata, list) else [video_metadata]
+        # The template code of the library rewrites the blocks of a message: the caller's dicts must stay as they are.
+        encoded = self.processor.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=not continue_final_message,
+            continue_final_message=continue_final_message,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs=options,
+        )
+        tensors = {key: self._cast(value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+        about = {"decode": time.perf_counter() - begin, "messages": messages if is_chat else None}
+        return {"tensors": tensors, "about": about}
+
+    def _cast(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.dtype) if value.is_floating_point() and self.dtype is not None else value
+
+    def _generate_settings(self, generate_kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        """Merge settings: this call, the pipeline's own, the checkpoint's, then greedy and 256 tokens."""
+        settings = {**self._init_generate_kwargs, **(generate_kwargs or {})}
+        if settings.get("generation_config") is not None:
+            return settings
+        saved = self.model.generation_config.to_diff_dict()
+        if not any(key in source for key in ("max_new_tokens", "max_length") for source in (settings, saved)):
+            settings["max_new_tokens"] = DEFAULT_MAX_NEW_TOKENS
+        settings.setdefault("do_sample", False)
+        if not settings["do_sample"]:
+            # Sampling settings saved with a checkpoint would only cause warnings in a greedy call.
+            settings.update(
+                {key: None for key in ("temperature", "top_p", "top_k") if key in saved and key not in settings}
+            )
+        return settings
+
+    def _max_new_tokens(self, settings: dict[str, Any], prompt_tokens: int) -> int:
+        config = settings.get("generation_config") or self.model.generation_config
+        new = settings.get("max_new_tokens") or config.max_new_tokens
+        if new is not None:
+            return new
+        length = settings.get("max_length") or config.max_length or prompt_tokens
+        return max(length - prompt_tokens, 0)
+
+    def _forward(
+        self,
+        model_inputs: dict[str, Any],
+        generate_kwargs: dict[str, Any] | None = None,
+        visual_dropout: bool | dict[str, Any] | None = None,
+        return_kept_tokens: bool = False,
+    ) -> dict[str, Any]:
+        tensors, config = dict(model_inputs["tensors"]), self.model.config
+        settings = self._generate_settings(generate_kwargs)
+        prompt = tensors["input_ids"].shape[1]
+        accounting.check_budget(tensors, config, self._max_new_tokens(settings, prompt))
+        if visual_dropout is not None:
+            settings["visual_dropout"] = visual_dropout
+        settings["return_dict_in_generate"] = False
+        with accounting.trace_call(self.model) as trace:
+            ids = self.model.generate(**tensors, **settings)
+        answer_ids = ids[0, prompt:] if ids.shape[1] >= prompt else ids[0]
+        outputs: dict[str, Any] = {
+            "answer_ids": answer_ids,
+            "about": model_inputs["about"],
+            "timings": {"decode": model_inputs["about"]["decode"], **trace.timings()},
+            "token_counts": accounting.count_tokens(tensors, config, trace, answer_ids.numel()),
+        }
+        if return_kept_tokens:
+            outputs["kept_tokens"] = self._kept_tokens(tensors, trace)
+        return outputs
+
+    def _kept_tokens(self, tensors: dict[str, torch.Tensor], trace: accounting.CallTrace) -> dict[str, Any]:
+        """Collect what a picture of the kept tokens needs, for the first video of the sample."""
+        if "pixel_values_videos" not in tensors:
+            raise ValueError("return_kept_tokens needs a video in the prompt; this sample has none.")
+        names = ("pixel_values_videos", "video_num_frames")
+        features = self.model.get_video_features(**{name: tensors[name] for name in names if name in tensors})
+        pixels_FCHW = tensors["pixel_values_videos"].flatten(0, -4)
+        counts = tensors.get("video_num_frames")
+        num_frames = pixels_FCHW.shape[0] if counts is None else int(counts[0])
+        if counts is None and tensors["pixel_values_videos"].ndim == 5:
+            num_frames = tensors["pixel_values_videos"].shape[1]
+        ids = tensors["input_ids"][0]
+        first_video = int((ids == self.model.config.video_token_id).nonzero()[0])
+        return {
+            "frames": self._to_uint8(pixels_FCHW[:num_frames]),
+            "merge_groups": features.merge_groups[0],
+            "stages": list(trace.stages),
+            # Pictures in front of the video come first in the sample's visual tokens.
+            "first_token": int((ids[:first_video] == self.model.config.image_token_id).sum()),
+        }
+
+    def _to_uint8(self, pixels_FCHW: torch.Tensor) -> torch.Tensor:
+        """Undo the normalization, so that patches lie where the model saw them."""
+        processor = self.processor.video_processor
+        mean = torch.tensor(processor.image_mean, device=pixels_FCHW.device).view(1, -1, 1, 1)
+        std = torch.tensor(processor.image_std, device=pixels_FCHW.device).view(1, -1, 1, 1)
+        pixels_FCHW = (pixels_FCHW.float() * std + mean).mul(255).round().clamp(0, 255)
+        return pixels_FCHW.to(torch.uint8).permute(0, 2, 3, 1)  # (F, H, W, C)
+
+    def postprocess(
+        self,
+        outputs: dict[str, Any],
+        *,
+        return_full_text: bool = True,
+        return_timings: bool = False,
+        return_token_counts: bool = False,
+        return_kept_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Decode the answer and keep what was asked for."""
+        answer = self.processor.decode(outputs["answer_ids"], skip_special_tokens=True).strip()
+        result: dict[str, Any] = {"answer": answer, "generated_text": answer}
+        messages = outputs["about"]["messages"]
+        if messages is not None and return_full_text:
+            result["generated_text"] = _append_turn(messages, answer)
+        if return_timings:
+            result["timings"] = outputs["timings"]
+        if return_token_counts:
+            result["token_counts"] = outputs["token_counts"]
+        if return_kept_tokens:
+            result["kept_tokens"] = outputs["kept_tokens"]
+        return result
+
+    def score_options(
+        self, video: Any, question: str, options: list[str], *, visual_dropout: Any = None, **kwargs: Any
+    ) -> list[float]:
+        """Score given answers by their likelihood after the question.
+
+        Args:
+            video: one video, as in the call.
+            question: the question.
+            options: texts to compare, at least two.
+            visual_dropout: as in the call.
+            **kwargs: frame sampling and cutting, as in the call.
+
+        Returns:
+            One mean log-probability per token (natural logarithm, end of turn not counted) for each option.
+
+        Raises:
+            ValueError: fewer than two options, or an empty one.
+        """
+        if len(options) < 2 or not all(option.strip() for option in options):
+            raise ValueError(f"Give at least two non-empty options to compare, got {options!r}.")
+        row = inputs.gather_inputs(video, question, None, kwargs.pop("video_metadata", None))
+        params = {**self._preprocess_params, **self._sanitize_parameters(**kwargs)[0]}
+        tensors = self._ensure_tensor_on_device(self.preprocess(row, **params)["tensors"], self.device)
+        tokenized = [self.processor.tokenizer.encode(option, add_special_tokens=False) for option in options]
+        accounting.check_budget(tensors, self.model.config, max(len(ids) for ids in tokenized))
+        extra = {} if visual_dropout is None else {"visual_dropout": visual_dropout}
+        with self.device_placement(), torch.no_grad():
+            return [accounting.forced_log_likelihood(self.model, tensors, ids, extra) for ids in tokenized]
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save model and processor; no code is written beside them.
+
+        Args:
+            save_directory: folder, made when missing.
+            **kwargs: passed to both `save_pretrained`.
+        """
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+def _append_turn(messages: list[dict[str, Any]], answer: str) -> list[dict[str, Any]]:
+    last = messages[-1]
+    if last["role"] != "assistant":
+        return [*messages, {"role": "assistant", "content": answer}]
+    content = last["content"]
+    if isinstance(content, str):
+        return [*messages[:-1], {**last, "content": content + answer}]
+    blocks = [*content[:-1], {**content[-1], "text": content[-1].get("text", "") + answer}]
+    return [*messages[:-1], {**last, "content": blocks}]
