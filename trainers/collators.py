@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from longvideo.processing.shared.placeholders import shift_spans
+
 IGNORE_INDEX = -100
 _VISUAL_SOURCES = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
 # What must grow along the sequence axis when rows of different length are put together, and the filling value.
@@ -198,8 +200,8 @@ class VideoSFTCollator:
         if self.mask == "all" and self.label_rule is None:
             return torch.ones_like(input_ids_S, dtype=torch.bool)
         supervised_S = torch.zeros_like(input_ids_S, dtype=torch.bool)
-        for start, end in self._answer_spans(messages, where):
-            start, end = (_expanded_position(position, replacements) for position in (start, end))
+        expansions = [(replacement["span"], replacement["new_span"]) for replacement in replacements]
+        for start, end in shift_spans(self._answer_spans(messages, where), expansions):
             supervised_S |= (offsets_S2[:, 0] < end) & (offsets_S2[:, 1] > start)
         for token_id in self._always_supervised:
             supervised_S |= input_ids_S == token_id
@@ -359,16 +361,6 @@ def _copy_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _describe_row(row: Mapping[str, Any], position: int) -> str:
     name = row.get("id") if isinstance(row, Mapping) else None
     return f"Row {position} of the batch" + (f" (id {name!r})" if name is not None else "")
-
-
-def _expanded_position(position: int, replacements: list[dict[str, Any]]) -> int:
-    """Move a character position of the rendered text to the text whose placeholders were expanded."""
-    grown = 0
-    for replacement in replacements:
-        if replacement["span"][1] > position:
-            break
-        grown = replacement["new_span"][1] - replacement["span"][1]
-    return position + grown
 
 
 def _concatenate_visuals(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
