@@ -71,13 +71,11 @@ def read_requirements() -> Requirements:
     Raises:
         FileNotFoundError: There is neither, so nothing can be compared.
     """
-    import longvideo
-
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         metadata = None
-    pyproject = Path(longvideo.__file__).resolve().parent.parent / "pyproject.toml"
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if pyproject.is_file():
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         extras = {name: tuple(project["optional-dependencies"][name]) for name in OPTIONAL_EXTRAS}
@@ -211,19 +209,21 @@ def find_torchcodec() -> Check:
     """torchcodec counts only when it imports: its wheel needs FFmpeg libraries of the system."""
     if importlib.util.find_spec("torchcodec") is None:
         return Check("torchcodec", "missing", "not installed; PyAV is enough", False, "pip install torchcodec")
-    try:
-        importlib.import_module("torchcodec.decoders")
-    except Exception as error:  # OSError on missing libraries, RuntimeError on another torch
-        detail = f"installed but does not import ({_first_line(error)[:100]}); PyAV is used"
-        return Check("torchcodec", "broken", detail, False, "install FFmpeg's shared libraries, or pip uninstall torchcodec")
+    from longvideo.processing.shared.video_decoding import torchcodec_decoders
+
+    loaded = torchcodec_decoders()
+    if isinstance(loaded, str):
+        detail = f"installed but does not import ({loaded[:100]}); PyAV is used"
+        fix = "install FFmpeg's shared libraries, or pip uninstall torchcodec"
+        return Check("torchcodec", "broken", detail, False, fix)
     return Check("torchcodec", "ok", importlib.metadata.version("torchcodec"), False)
 
 
 def describe_decoder() -> dict[str, str]:
-    """Which reader `video_backend="auto"` takes on this machine, and how many the machine has."""
-    from longvideo.processing.shared import video_io
-
-    return {"used": video_io.choose_backend("auto"), "available": ", ".join(video_io.available_backends())}
+    """Which reader `video_backend="auto"` takes first on this machine, and which can be asked for by name."""
+    if find_torchcodec().status == "ok":
+        return {"used": "torchcodec", "available": "torchcodec, pyav"}
+    return {"used": "pyav", "available": "pyav"}
 
 
 def describe_attention() -> dict[str, str]:
