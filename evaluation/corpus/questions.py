@@ -18,6 +18,8 @@ OPTION_LETTERS = "ABCD"
 NUM_OPTIONS = len(OPTION_LETTERS)
 # Two moments are told apart when they are this many sixteenths of the video from each other.
 CLEAR_GAP = 2.0
+# Least distance between two options of `when`, as a part of the video.
+SMALLEST_GAP = 0.185
 
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "colour": ("What colour is the {name} ?", "Which colour does the {name} have ?"),
@@ -51,7 +53,7 @@ class Question:
         options: four different answers.
         answer_index: place of the truth among the options.
         variant: which wording family of the kind.
-        bucket: what a corpus has to balance inside the kind: the answer or, for times, the event and the rank.
+        bucket: what a corpus has to balance inside the kind: the answer or, for times, event, rank and finer place.
     """
 
     kind: str
@@ -139,7 +141,10 @@ def _build(
     bucket: str | None = None,
     **words: str,
 ) -> Question:
-    options = [answer, *wrong]
+    # In a fixed order the wrong options would betray the truth as the one out of line.
+    others = sorted(wrong)
+    rng.shuffle(others)
+    options = [answer, *others]
     if len(set(options)) != NUM_OPTIONS:
         raise AssertionError(f"a question needs {NUM_OPTIONS} different options, got {options}")
     text = rng.choice(_TEMPLATES[variant]).format(**words)
@@ -275,29 +280,29 @@ def _event_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def time_options(duration: int, time: float) -> tuple[list[int], int] | None:
+def time_options(duration: int, time: float) -> tuple[list[int], int, int] | None:
     """Four evenly spaced times that fit into a video, one of them the truth.
 
-    The video's middle is cut into four equal spans; the truth's span is its rank, and the other options lie at the
-    same place of their spans. So for an evenly distributed truth the options tell nothing about its rank.
+    The middle four fifths of the video are cut into four equal spans; the truth's span is its rank, and the other
+    options lie at the same place of their spans. So for an evenly distributed truth the options tell nothing of it.
 
     Args:
         duration: length of the video in seconds.
         time: the true time in seconds.
 
     Returns:
-        Times in seconds in rising order, and the truth's rank; None when spans of at least a fifth of the video do
-        not fit, or when the truth is outside of all.
+        Times in whole seconds in rising order, the truth's rank, and the quarter of its span; None when whole seconds
+        allow no spans of about a fifth of the video, or when the truth is outside of all.
     """
-    gap = _nearest(0.225 * duration)
-    if gap < 0.2 * duration or 4 * gap > duration:
+    gap = duration // 5
+    if gap < SMALLEST_GAP * duration:
         return None
-    start = (duration - 4 * gap) / 2
-    rank = math.floor((time - start) / gap)
+    place = (time - (duration - NUM_OPTIONS * gap) / 2) / gap
+    rank = math.floor(place)
     if not 0 <= rank < NUM_OPTIONS:
         return None
     times = [_nearest(time) + (other - rank) * gap for other in range(NUM_OPTIONS)]
-    return (times, rank) if times[0] >= 1 and times[-1] < duration else None
+    return times, rank, int((place - rank) * 4)
 
 
 def _when_questions(rng: random.Random, view: _View) -> list[Question]:
@@ -308,13 +313,14 @@ def _when_questions(rng: random.Random, view: _View) -> list[Question]:
             continue
         if actor is not None and view.count(actor) < 2:
             continue
-        times, rank = options
+        times, rank, quarter = options
         texts = [format_seconds(value) for value in times]
         words = {}
         if actor is not None:
             words = {"name": _name(rng, actor), "colour": str(actor.new_colour)}
         wrong = [text for place, text in enumerate(texts) if place != rank]
-        found.append(_build(rng, "when", f"when_{sort}", texts[rank], wrong, bucket=f"{sort} {rank}", **words))
+        bucket = f"{sort} {rank} {quarter}"
+        found.append(_build(rng, "when", f"when_{sort}", texts[rank], wrong, bucket=bucket, **words))
     return found
 
 
@@ -378,7 +384,7 @@ def make_questions(scene: Scene, kinds: Iterable[str] | None = None) -> list[Que
         if kind == "when" and same_kind:
             # Shapes mostly come early and leave late: drawing the rank first keeps times from being guessable.
             rank = str(rng.randrange(NUM_OPTIONS))
-            same_kind = [question for question in same_kind if question.bucket.endswith(rank)] or same_kind
+            same_kind = [question for question in same_kind if question.bucket.split()[1] == rank] or same_kind
         if same_kind:
             chosen.append(rng.choice(same_kind))
     return chosen

@@ -69,8 +69,8 @@ def balanced_items(
 ) -> list[Item]:
     """Chooses questions over as many scenes as it takes, so that no kind, answer, rank or place is favoured.
 
-    Inside a kind every bucket (answer, or event and rank of a time) gets the same number, up to one; the place of the
-    truth among the options goes round evenly.
+    Inside a kind every bucket (answer; or event, rank and finer place of a time) gets the same number, up to one; the
+    place of the truth among the options goes round evenly.
 
     Args:
         num: number of questions.
@@ -114,7 +114,7 @@ def balanced_items(
 def _find_buckets(kinds: list[str], split: str, seed: int, difficulty: str | Difficulty) -> dict[str, int]:
     """Number of buckets of each kind, seen in the first scenes."""
     found: dict[str, set[str]] = {kind: set() for kind in kinds}
-    for number in range(seed, seed + 300):
+    for number in range(seed, seed + 1000):
         for question in all_questions(make_scene(number, split, difficulty=difficulty), kinds):
             found[question.kind].add(question.bucket)
     return {kind: max(len(names), 1) for kind, names in found.items()}

@@ -27,6 +27,11 @@ BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "checker", "noise")
 SPLITS: dict[str, int] = {"train": 0, "held_out": 1 << 40}
 MAX_SEED = 1 << 40
 UNITS = 16
+# In units: a shape that is there from the start leaves at EARLIEST or later, one that stays to the end enters at LATEST
+# or before, and any other stays for SHORTEST, so that at least two of sixteen frames show it.
+EARLIEST = 1.65
+LATEST = UNITS - EARLIEST
+SHORTEST = 2.6
 
 
 @dataclass(frozen=True)
@@ -199,30 +204,37 @@ def _draw_intervals(rng: random.Random, count: int, timed: bool) -> list[tuple[f
         return [(0.0, float(UNITS))] * count
     if count > 1 and rng.random() < (0.75 if count == 4 else 0.5):
         return _draw_sequence(rng, count)
-    shortest = 4.5
     intervals = []
     for _ in range(count):
-        enter = 0.0 if rng.random() < 0.3 else rng.uniform(0.8, UNITS - shortest)
-        leave = float(UNITS) if rng.random() < 0.4 else rng.uniform(enter + shortest - 0.5, UNITS)
-        intervals.append((enter, float(UNITS) if leave > UNITS - 0.8 else leave))
+        enter = 0.0 if rng.random() < 0.3 else rng.uniform(0.8, LATEST)
+        stays = rng.random() < 0.4 or enter + SHORTEST > UNITS - 0.8
+        earliest = EARLIEST if enter == 0.0 else enter + SHORTEST
+        intervals.append((enter, float(UNITS) if stays else rng.uniform(earliest, UNITS - 0.8)))
     return intervals
 
 
 def _draw_sequence(rng: random.Random, count: int) -> list[tuple[float, float]]:
-    """Intervals one after another with pauses; each lasts at least 2.6 units."""
-    weights = [rng.uniform(0.6, 1.4) for _ in range(2 * count + 1)]
+    """Intervals one after another with pauses; the first may begin and the last may end with the video."""
+    weights = [rng.uniform(0.3, 1.7) for _ in range(2 * count + 1)]
     for index in range(0, 2 * count + 1, 2):
         weights[index] *= rng.choice((0.0, 0.6, 1.0))
-    shortest = 2.6
+    first_at_start, last_to_end = weights[0] == 0.0, weights[-1] == 0.0
+    shortest = [SHORTEST] * count
+    if first_at_start:
+        shortest[0] = EARLIEST
+    if last_to_end:
+        shortest[-1] = UNITS - LATEST
     pause = 0.3 if count == 4 else 0.8
-    free = UNITS - count * shortest - (count - 1) * pause
-    total = sum(weights)
-    time, intervals = 0.0, []
+    edge = 0.8
+    free = UNITS - sum(shortest) - (count - 1) * pause - edge * ((not first_at_start) + (not last_to_end))
+    share = free / sum(weights)
+    time, intervals = 0.0 if first_at_start else edge, []
     for index in range(count):
-        time += weights[2 * index] / total * free + (pause if index else 0.0)
-        enter = time
-        time += shortest + weights[2 * index + 1] / total * free
-        intervals.append((0.0 if enter < 0.6 else enter, float(UNITS) if time > UNITS - 0.6 else time))
+        enter = time + weights[2 * index] * share + (pause if index else 0.0)
+        time = enter + shortest[index] + weights[2 * index + 1] * share
+        intervals.append((enter, time))
+    if last_to_end:
+        intervals[-1] = (intervals[-1][0], float(UNITS))
     return intervals
 
 
@@ -248,7 +260,7 @@ def _draw_actor(
         x, y = (origin, y) if direction in ("left", "right") else (x, origin)
         motion = Motion(direction, start, start + length, distance)
     elif life >= 4.8 and len(colours) > 1 and rng.random() < knobs.change:
-        change = enter + rng.uniform(2.2, life - 2.2)
+        change = rng.uniform(enter + 2.2 if enter else EARLIEST, leave - 2.2 if leave < UNITS else LATEST)
         new_colour = colours.pop()
     return Actor(shape, colours.pop(), radius, x, y, enter, leave, motion, new_colour, change)
 
