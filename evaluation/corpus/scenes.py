@@ -27,8 +27,8 @@ BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "checker", "noise")
 SPLITS: dict[str, int] = {"train": 0, "held_out": 1 << 40}
 MAX_SEED = 1 << 40
 UNITS = 16
-# In units: a shape that is there from the start leaves at EARLIEST or later, one that stays to the end enters at LATEST
-# or before, and any other stays for SHORTEST, so that at least two of sixteen frames show it.
+# In units: a shape that is there from the start leaves at EARLIEST or later, one that stays to the end enters by LATEST,
+# and any other stays for SHORTEST, so that at least two of sixteen frames show it.
 EARLIEST = 1.65
 LATEST = UNITS - EARLIEST
 SHORTEST = 2.6
