@@ -1,0 +1,69 @@
+"""Long-video language models as ordinary Transformers models.
+
+`import longvideo` registers the architectures with the Auto classes and the pipelines of transformers.
+"""
+
+import importlib
+import os as _os
+from typing import Any
+
+_ROOT = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+if _os.path.isfile(_os.path.join(_ROOT, "pyproject.toml")) and _os.path.isdir(_os.path.join(_ROOT, "modeling")):
+    __path__.append(_ROOT)  # a checkout: the sub-packages lie beside this folder
+
+from longvideo._registration import register as _register  # noqa: E402 - needs the path above
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "UMTVisionConfig": "longvideo.modeling.encoders.umt.configuration_umt",
+    "UMTVisionModel": "longvideo.modeling.encoders.umt.modeling_umt",
+    "InternVideo2VisionConfig": "longvideo.modeling.encoders.internvideo2.configuration_internvideo2",
+    "InternVideo2VisionModel": "longvideo.modeling.encoders.internvideo2.modeling_internvideo2",
+    "VideoChatFlashConfig": "longvideo.modeling.videochat_flash.configuration_videochat_flash",
+    "VideoChatFlashModel": "longvideo.modeling.videochat_flash.modeling_videochat_flash",
+    "VideoChatFlashForConditionalGeneration": "longvideo.modeling.videochat_flash.modeling_videochat_flash",
+    "EncodedVideo": "longvideo.modeling.videochat_flash.encoded_video",
+    "VideoChatFlashProcessor": "longvideo.processing.videochat_flash.processing_videochat_flash",
+    "VideoChatFlashVideoProcessor": "longvideo.processing.videochat_flash.video_processing_videochat_flash",
+    "VideoChatFlashImageProcessor": "longvideo.processing.videochat_flash.image_processing_videochat_flash",
+    "VideoQuestionAnsweringPipeline": "longvideo.pipelines",
+    "VideoSFTCollator": "longvideo.trainers.collators",
+    "VideoSFTConfig": "longvideo.trainers.sft_config",
+    "VideoSFTTrainer": "longvideo.trainers.sft_trainer",
+}
+
+__all__ = ["__version__", "tiny_checkpoint", *_EXPORTS]
+
+
+def tiny_checkpoint(model_type: str) -> str:
+    """Returns the folder of the small trained checkpoint that comes with the package.
+
+    Args:
+        model_type: architecture, e.g. "videochat_flash".
+
+    Returns:
+        A path for `from_pretrained`.
+
+    Raises:
+        ValueError: there is none for that architecture.
+    """
+    home = _os.path.join(_os.path.dirname(_os.path.abspath(__file__)), "tiny")
+    folder = _os.path.join(home, model_type)
+    if not _os.path.isfile(_os.path.join(folder, "config.json")):
+        known = sorted(_os.listdir(home)) if _os.path.isdir(home) else []
+        raise ValueError(f"No tiny checkpoint for {model_type!r}; there is one for: {', '.join(known) or 'none'}.")
+    return folder
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'longvideo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+_register()

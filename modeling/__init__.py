@@ -1,0 +1,1 @@
+"""Architectures of the zoo, one folder each, over shared tensor functions (`layers`) and shared towers (`encoders`)."""

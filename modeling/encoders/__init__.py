@@ -1,0 +1,1 @@
+"""Video and image towers that transformers lacks, each with its own configuration."""

@@ -1,0 +1,1 @@
+"""InternVideo2-1B video encoder."""

@@ -1,0 +1,1 @@
+"""UMT-L video encoder."""

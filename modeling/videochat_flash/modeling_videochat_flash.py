@@ -1,0 +1,712 @@
+"""VideoChat-Flash: clips merged to 16 tokens per frame, visual tokens dropped on the way through the decoder.
+
+Paper: VideoChat-Flash: Hierarchical Compression for Long-Context Video Modeling (arXiv 2501.00574).
+Original read: OpenGVLab/VideoChat-Flash (Apache-2.0), `llava_qwen_flash.py`, `llava_arch.py`, `mm_projector_builder.py`.
+Deviations: placeholders are expanded by the processor; frames pass the tower in chunks; see README.md in this folder.
+
+Shapes: B batch, S sequence, F frames, K clips (or image tiles), T frames of a clip, L patches of a frame,
+N tokens of a clip before merging, M after, V visual tokens, D language width, E vision width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from longvideo.modeling.encoders.internvideo2.modeling_internvideo2 import InternVideo2VisionModel
+from longvideo.modeling.encoders.umt.modeling_umt import UMTVisionModel
+from longvideo.modeling.layers.chunked import iterate_chunks
+from longvideo.modeling.layers.placeholders import find_placeholders, scatter_features
+from longvideo.modeling.layers.token_merging import merge_tokens
+from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
+from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo, hash_tensors
+from longvideo.modeling.videochat_flash.visual_dropout import (
+    VisualDropoutPlan,
+    VisualDropoutStage,
+    build_plan,
+    decode_with_visual_dropout,
+    dropout_memory,
+)
+
+TOWERS = {model.config_class.model_type: model for model in (UMTVisionModel, InternVideo2VisionModel)}
+VISUAL_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_num_frames")
+
+
+@dataclass
+class VideoChatFlashVisionOutput(BaseModelOutputWithPooling):
+    """Visual features.
+
+    Args:
+        pooler_output: per video or image (V, D), what the decoder gets.
+        last_hidden_state: (K, T * L, E) tower output, only when asked for: it grows with the video.
+        merged_tokens: (K, M, E) after merging, before the projector, only when asked for.
+        merged_sizes: (K, M) patches behind each merged token, only when asked for.
+        merge_groups: per video or image (K, T * L) int64, the merged token of every patch, within its clip.
+    """
+
+    merged_tokens: torch.Tensor | None = None
+    merged_sizes: torch.Tensor | None = None
+    merge_groups: list[torch.Tensor] | None = None
+
+
+@dataclass
+class VideoChatFlashModelOutput(BaseModelOutputWithPast):
+    """Decoder output.
+
+    Args:
+        labels: (B, S') labels of the tokens that are left, when labels were given.
+        visual_dropout: one entry per stage of visual dropout that ran.
+        image_hidden_states: (V, D) features of all images.
+        video_hidden_states: (V, D) features of all videos.
+    """
+
+    labels: torch.Tensor | None = None
+    visual_dropout: tuple[VisualDropoutStage, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class VideoChatFlashCausalLMOutput(ModelOutput):
+    """Language model output; with visual dropout `logits` and `hidden_states` cover the tokens that are left.
+
+    Args:
+        loss: next-token loss when labels were given.
+        logits: (B, S', vocabulary).
+        past_key_values: cache, layers of different length with visual dropout.
+        hidden_states: per layer when asked for.
+        attentions: per layer when asked for.
+        labels: (B, S') labels of the tokens that are left, when labels were given.
+        visual_dropout: one entry per stage of visual dropout that ran.
+        image_hidden_states: (V, D) features of all images.
+        video_hidden_states: (V, D) features of all videos.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    labels: torch.Tensor | None = None
+    visual_dropout: tuple[VisualDropoutStage, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    video_hidden_states: torch.Tensor | None = None
+
+
+class VideoChatFlashPreTrainedModel(PreTrainedModel):
+    """Base class: configuration, weight names and what the models support."""
+
+    config: VideoChatFlashConfig
+    config_class = VideoChatFlashConfig
+    base_model_prefix = "model"
+    input_modalities = ("video", "image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Qwen2DecoderLayer", "UMTLayer", "InternVideo2Layer", "SiglipEncoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+
+class VideoChatFlashProjector(nn.Module):
+    """Two linear layers that bring merged tokens to the width of the decoder."""
+
+    def __init__(self, config: VideoChatFlashConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, merged: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(merged)))
+
+
+def arrange_image_tiles(features_KMD: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Joins the tokens of an image: first the whole picture's, then the grid's, line by line over all tiles.
+
+    Args:
+        features_KMD: (1 + rows * columns, M, D) tokens per tile, tile 0 the whole picture, M a square number.
+        rows: tiles from top to bottom.
+        columns: tiles from left to right.
+
+    Returns:
+        ((1 + rows * columns) * M, D).
+
+    Source: VideoChat-Flash, `llava_arch.py`, the `spatial_nopad` branch of `prepare_inputs_labels_for_multimodal`.
+    """
+    if rows * columns == 0:
+        return features_KMD.flatten(0, 1)
+    side = int(features_KMD.shape[1] ** 0.5)
+    if side * side != features_KMD.shape[1]:
+        raise ValueError(
+            f"Image tiles of {features_KMD.shape[1]} tokens cannot be laid out as squares. Choose tokens_per_frame and "
+            "mm_local_num_frames whose product is a square number, or use images of one tile."
+        )
+    grid = features_KMD[1:].view(rows, columns, side, side, -1).transpose(1, 2)  # (rows, side, columns, side, D)
+    return torch.cat([features_KMD[0], grid.flatten(0, 3)])
+
+
+class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
+    """Tower, token merging, projector and decoder, without a language modelling head.
+
+    Args:
+        config: model configuration.
+
+    Raises:
+        ValueError: the text configuration is not a decoder of the Llama family.
+    """
+
+    def __init__(self, config: VideoChatFlashConfig):
+        super().__init__(config)
+        tower = TOWERS.get(config.vision_config.model_type, AutoModel)
+        self.vision_tower = (tower.from_config if tower is AutoModel else tower._from_config)(config.vision_config)
+        if config.vision_config.model_type == "siglip_vision_model":
+            # The features are those before the last norm.
+            self.vision_tower.post_layernorm = nn.Identity()
+        self.multi_modal_projector = VideoChatFlashProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        missing = [name for name in ("layers", "norm", "rotary_emb") if not hasattr(self.language_model, name)]
+        if missing:
+            raise ValueError(
+                f"A text model of type {config.text_config.model_type!r} has no {', '.join(missing)}. VideoChat-Flash "
+                "needs a decoder of the Llama family (llama, qwen2, qwen3, mistral, ...)."
+            )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    # ------------------------------------------------------------------ vision
+
+    def _run_tower(self, clips: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Encodes (K, T, C, H, W) to `last_hidden_state` (K, T * L, E), jointly or frame by frame."""
+        num_clips, num_frames = clips.shape[:2]
+        if self.config.vision_config.model_type == "siglip_vision_model":
+            output = self.vision_tower(clips.flatten(0, 1).to(self.vision_tower.dtype), **kwargs)
+        elif self.config.vision_encode_type == "image_video":
+            output = self.vision_tower(clips.flatten(0, 1)[:, None], **kwargs)
+        else:
+            return self.vision_tower(clips, **kwargs)
+        joined = output.last_hidden_state.unflatten(0, (num_clips, num_frames)).flatten(1, 2)
+        output.last_hidden_state = joined
+        return output
+
+    def _encode_clips(self, clips: torch.Tensor, output_tower_features: bool, **kwargs) -> VideoChatFlashVisionOutput:
+        """Takes (K, T, C, H, W) through tower, merging and projector, a few clips at a time.
+
+        Returns:
+            `pooler_output` (K, M, D), `merge_groups` (K, T * L), and what was asked for besides.
+        """
+        projected, groups, towers, merges, sizes = [], [], [], [], []
+        tower = None
+        keep = output_tower_features or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        # Recorded states of all layers are joined over one call only, so that call has to take all clips.
+        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        chunk_size = len(clips) if records else self.config.vision_chunk_size
+        for piece in iterate_chunks(clips, max(chunk_size, 1)):
+            tower = self._run_tower(piece, **kwargs)
+            merge = merge_tokens(
+                tower.last_hidden_state,
+                self.config.tokens_per_clip,
+                num_heads=self.config.vision_config.num_attention_heads,
+            )
+            projected.append(self.multi_modal_projector(merge.merged_BME))
+            groups.append(merge.groups_BN)
+            if keep:
+                towers.append(tower.last_hidden_state)
+                merges.append(merge.merged_BME)
+                sizes.append(merge.sizes_BM)
+        return VideoChatFlashVisionOutput(
+            last_hidden_state=torch.cat(towers) if keep else None,
+            pooler_output=torch.cat(projected),
+            hidden_states=tower.hidden_states if records else None,
+            attentions=tower.attentions if records else None,
+            merged_tokens=torch.cat(merges) if keep else None,
+            merged_sizes=torch.cat(sizes) if keep else None,
+            merge_groups=torch.cat(groups),
+        )
+
+    def _video_clip_counts(self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
+        """Clips per video; checks that frames and counts agree and fill whole clips."""
+        if pixel_values_videos.ndim == 5:
+            counts = [pixel_values_videos.shape[1]] * pixel_values_videos.shape[0]
+        elif video_num_frames is None:
+            raise ValueError(
+                f"pixel_values_videos of shape {tuple(pixel_values_videos.shape)} is a flat list of frames and needs "
+                "video_num_frames, the number of frames of each video."
+            )
+        else:
+            counts = [int(n) for n in video_num_frames]
+            if sum(counts) != pixel_values_videos.shape[0]:
+                raise ValueError(
+                    f"video_num_frames {counts} add up to {sum(counts)} frames, but pixel_values_videos has "
+                    f"{pixel_values_videos.shape[0]}."
+                )
+        local = self.config.mm_local_num_frames
+        for count in counts:
+            if count < local or count % local:
+                raise ValueError(
+                    f"A video of {count} frames does not fill clips of {local} frames. Sample a multiple of {local} "
+                    "frames; the processor does so."
+                )
+        return [count // local for count in counts]
+
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_num_frames: torch.Tensor | None = None,
+        output_tower_features: bool = False,
+        **kwargs,
+    ) -> VideoChatFlashVisionOutput:
+        """Encodes videos clip by clip, in chunks of bounded memory.
+
+        Args:
+            pixel_values_videos: (videos, F, C, height, width), or (frames of all videos, C, height, width) together
+                with `video_num_frames`.
+            video_num_frames: (videos,) int64 frames per video, each a multiple of `mm_local_num_frames`.
+            output_tower_features: whether tower output and merged tokens are returned as well.
+            **kwargs: passed to the tower, e.g. `output_hidden_states`.
+
+        Returns:
+            `pooler_output`: per video (V, D), clip after clip.
+
+        Raises:
+            ValueError: frames that do not fill clips or do not agree with the counts.
+
+        Source: VideoChat-Flash Sec. 3.1, Eq. 1 and 2.
+        Differs: Eq. 2 interleaves clips; tokens are ordered clip after clip, as in the original code.
+        """
+        clip_counts = self._video_clip_counts(pixel_values_videos, video_num_frames)
+        frames = pixel_values_videos.flatten(0, 1) if pixel_values_videos.ndim == 5 else pixel_values_videos
+        clips = frames.unflatten(0, (-1, self.config.mm_local_num_frames))
+        output = self._encode_clips(clips, output_tower_features, **kwargs)
+        output.pooler_output = [x.flatten(0, 1) for x in output.pooler_output.split(clip_counts)]
+        output.merge_groups = list(output.merge_groups.split(clip_counts))
+        return output
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        image_grids: torch.Tensor | None = None,
+        output_tower_features: bool = False,
+        **kwargs,
+    ) -> VideoChatFlashVisionOutput:
+        """Encodes images tile by tile.
+
+        Args:
+            pixel_values: (tiles of all images, C, height, width); the first tile of an image is the whole picture.
+            image_grids: (images, 2) int64 rows and columns of further tiles, (0, 0) for none; absent means that every
+                tile is an image.
+            output_tower_features: whether tower output and merged tokens are returned as well.
+            **kwargs: passed to the tower.
+
+        Returns:
+            `pooler_output`: per image (V, D).
+
+        Raises:
+            ValueError: tiles and grids do not agree.
+        """
+        grids = [(0, 0)] * len(pixel_values) if image_grids is None else [(int(r), int(c)) for r, c in image_grids]
+        counts = [1 + rows * columns for rows, columns in grids]
+        if sum(counts) != len(pixel_values):
+            raise ValueError(f"image_grids {grids} ask for {sum(counts)} tiles, but pixel_values has {len(pixel_values)}.")
+        output = self._encode_clips(pixel_values[:, None], output_tower_features, **kwargs)
+        output.pooler_output = [
+            arrange_image_tiles(tiles, rows, columns)
+            for tiles, (rows, columns) in zip(output.pooler_output.split(counts), grids, strict=True)
+        ]
+        output.merge_groups = list(output.merge_groups.split(counts))
+        return output
+
+    # ------------------------------------------------------------------ text and vision together
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        features: dict[str, torch.Tensor | None],
+        *,
+        is_prefill: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the embeddings with visual features in place, (B, S, D), and where they are, (B, S) bool."""
+        embedding = self.get_input_embeddings()
+        token_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        masks = {
+            kind: find_placeholders(token_id, input_ids=input_ids, inputs_embeds=inputs_embeds, embedding=embedding)
+            for kind, token_id in token_ids.items()
+        }
+        if inputs_embeds is None:
+            # Placeholder ids may lie beyond the table.
+            beyond = (masks["image"] | masks["video"]) & (input_ids >= embedding.weight.shape[0])
+            inputs_embeds = embedding(input_ids.masked_fill(beyond, 0))
+        visual = torch.zeros_like(masks["image"])
+        for kind, mask in masks.items():
+            if features[kind] is not None:
+                inputs_embeds = scatter_features(inputs_embeds, mask, features[kind], kind=kind)
+                visual = visual | mask
+            elif is_prefill and input_ids is not None and mask.any():
+                raise ValueError(
+                    f"The prompt holds {int(mask.sum())} {kind} placeholder tokens but no {kind} was given. Pass the "
+                    f"{kind} to the processor together with the text and all its outputs to the model."
+                )
+        return inputs_embeds, visual
+
+    def _collect_features(
+        self,
+        pixel_values: torch.Tensor | None,
+        image_grids: torch.Tensor | None,
+        pixel_values_videos: torch.Tensor | None,
+        video_num_frames: torch.Tensor | None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """Returns the features of all images and of all videos, (V, D) each, encoding what is not encoded yet."""
+        outputs = dict(mm_encoder_outputs or {})
+        for kind, pixels in (("image", pixel_values), ("video", pixel_values_videos)):
+            if pixels is not None and outputs.get(kind) is not None:
+                raise ValueError(f"Both pixels and encoded features were given for the {kind}s; pass one of them.")
+        if pixel_values is not None:
+            outputs["image"] = self.get_image_features(pixel_values, image_grids, return_dict=True)
+        if pixel_values_videos is not None:
+            outputs["video"] = self.get_video_features(pixel_values_videos, video_num_frames, return_dict=True)
+        features = {}
+        for kind in ("image", "video"):
+            found = None if outputs.get(kind) is None else outputs[kind].pooler_output
+            if found is not None:
+                found = found.flatten(0, -2) if isinstance(found, torch.Tensor) else torch.cat(list(found))
+            features[kind] = found
+        return features
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_num_frames: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        visual_dropout: bool | dict | VisualDropoutPlan | None = None,
+        visual_dropout_labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> VideoChatFlashModelOutput:
+        """Runs text and visual features through the decoder.
+
+        Args:
+            input_ids: (B, S) with one placeholder per visual token.
+            attention_mask: (B, cached + S), 1 for real tokens.
+            position_ids: (B, S).
+            past_key_values: cache.
+            inputs_embeds: (B, S, D) in place of `input_ids`.
+            pixel_values_videos: see `get_video_features`.
+            video_num_frames: see `get_video_features`.
+            pixel_values: see `get_image_features`.
+            image_grids: see `get_image_features`.
+            mm_encoder_outputs: features encoded before, `{"video": ..., "image": ...}`.
+            visual_dropout: None (as configured), bool, or dict with `type`, `layers`, `ratios`.
+            visual_dropout_labels: (B, S) labels, gathered along when tokens are dropped.
+            use_cache: whether a cache is returned.
+            **kwargs: passed to the decoder.
+
+        Returns:
+            Decoder output; with visual dropout only for the tokens that are left.
+
+        Raises:
+            ValueError: placeholders and features do not agree.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
+        features = self._collect_features(
+            pixel_values, image_grids, pixel_values_videos, video_num_frames, mm_encoder_outputs
+        )
+        inputs_embeds, visual = self._embed(input_ids, inputs_embeds, features, is_prefill=is_prefill)
+        found = any(x is not None for x in features.values())
+        plan = build_plan(self.config, visual_dropout) if is_prefill and found else None
+        if use_cache is None:
+            use_cache = getattr(self.language_model.config, "use_cache", True)
+        if self.training and getattr(self.language_model, "gradient_checkpointing", False):
+            use_cache = False
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.language_model.config)
+
+        common = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
+        shown = dict(image_hidden_states=features["image"], video_hidden_states=features["video"])
+        if plan is None and dropout_memory(past_key_values) is None:
+            outputs = self.language_model(inputs_embeds=inputs_embeds, use_cache=use_cache, **common, **kwargs)
+            return VideoChatFlashModelOutput(**outputs, labels=visual_dropout_labels, **shown)
+        kwargs.pop("return_dict", None)
+        dropped = decode_with_visual_dropout(
+            self.language_model,
+            inputs_embeds,
+            **common,
+            use_cache=bool(use_cache),
+            visual_BS=visual,
+            labels=visual_dropout_labels,
+            plan=plan,
+            **kwargs,
+        )
+        return VideoChatFlashModelOutput(
+            last_hidden_state=dropped.last_hidden_state,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=dropped.hidden_states,
+            labels=dropped.labels if dropped.stages else visual_dropout_labels,
+            visual_dropout=dropped.stages or None,
+            **shown,
+        )
+
+
+class VideoChatFlashForConditionalGeneration(VideoChatFlashPreTrainedModel, GenerationMixin):
+    """VideoChat-Flash with a language modelling head: answers questions about videos and images.
+
+    Args:
+        config: model configuration.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: VideoChatFlashConfig):
+        super().__init__(config)
+        self.model = VideoChatFlashModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def get_video_features(
+        self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None = None, **kwargs
+    ) -> VideoChatFlashVisionOutput:
+        """Encodes videos, see `VideoChatFlashModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, video_num_frames, **kwargs)
+
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_grids: torch.Tensor | None = None, **kwargs
+    ) -> VideoChatFlashVisionOutput:
+        """Encodes images, see `VideoChatFlashModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, image_grids, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        video_num_frames: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        image_grids: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, ModelOutput] | None = None,
+        visual_dropout: bool | dict | VisualDropoutPlan | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> VideoChatFlashCausalLMOutput:
+        """Runs the model and, with labels, its loss.
+
+        Args:
+            labels: (B, S) next-token labels, -100 ignored; gathered along when visual tokens are dropped.
+            logits_to_keep: last positions (or their indices) to compute logits for, 0 for all.
+
+        The other arguments are those of `VideoChatFlashModel.forward`.
+
+        Returns:
+            Loss, logits and cache; with visual dropout for the tokens that are left, left padded.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values_videos=pixel_values_videos,
+            video_num_frames=video_num_frames,
+            pixel_values=pixel_values,
+            image_grids=image_grids,
+            mm_encoder_outputs=mm_encoder_outputs,
+            visual_dropout=visual_dropout,
+            visual_dropout_labels=labels,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, wanted, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=outputs.labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return VideoChatFlashCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            labels=outputs.labels,
+            visual_dropout=outputs.visual_dropout,
+            image_hidden_states=outputs.image_hidden_states,
+            video_hidden_states=outputs.video_hidden_states,
+        )
+
+    # ------------------------------------------------------------------ encoding once, asking often
+
+    def encoding_key(self) -> str:
+        """Returns a hash of what turns pixels into features: settings, projector and the tower's first weights."""
+        config = self.config
+        settings = f"{config.vision_config.to_json_string(use_diff=False)} {config.tokens_per_frame} "
+        settings += f"{config.mm_local_num_frames} {config.vision_encode_type}"
+        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
+        first = next(self.model.vision_tower.parameters())
+        return hash_tensors(text, first, *self.model.multi_modal_projector.parameters())
+
+    @torch.no_grad()
+    def encode_video(
+        self,
+        pixel_values_videos: torch.Tensor,
+        video_num_frames: torch.Tensor | None = None,
+        source_key: str | None = None,
+    ) -> EncodedVideo:
+        """Encodes videos once for many questions.
+
+        Args:
+            pixel_values_videos: see `get_video_features`.
+            video_num_frames: see `get_video_features`.
+            source_key: name of the source and its settings, see `video_source_key`; stored with the features.
+
+        Returns:
+            Features that `generate(encoded_video=...)` takes in place of pixels.
+        """
+        output = self.model.get_video_features(
+            pixel_values_videos.to(self.device), None if video_num_frames is None else video_num_frames, return_dict=True
+        )
+        num_frames = [len(groups) * self.config.mm_local_num_frames for groups in output.merge_groups]
+        key = {"pixels": hash_tensors(pixel_values_videos), "model": self.encoding_key()}
+        if source_key is not None:
+            key["source"] = source_key
+        return EncodedVideo(output.pooler_output, output.merge_groups, num_frames, key)
+
+    def _check_encoded_video(self, encoded_video: EncodedVideo) -> None:
+        stored = encoded_video.key.get("model")
+        if stored is not None and stored != self.encoding_key():
+            raise ValueError(
+                "The encoded video was made by a model with other weights or settings than this one. Encode the video "
+                "again with this model's encode_video."
+            )
+
+    @torch.no_grad()
+    def generate(self, *args, encoded_video: EncodedVideo | None = None, **kwargs) -> ModelOutput | torch.LongTensor:
+        """Generates as `GenerationMixin.generate` does.
+
+        Args:
+            *args: as upstream.
+            encoded_video: features from `encode_video`, in place of `pixel_values_videos`.
+            **kwargs: as upstream; besides `visual_dropout` and the visual inputs of `forward`.
+
+        Returns:
+            As upstream.
+
+        Raises:
+            ValueError: an encoded video of another model, or chunked prefill together with visual dropout.
+        """
+        features = dict(kwargs.pop("mm_encoder_outputs", None) or {})
+        if encoded_video is not None:
+            if kwargs.get("pixel_values_videos") is not None or features.get("video") is not None:
+                raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
+            self._check_encoded_video(encoded_video)
+            pooled = [x.to(self.device) for x in encoded_video.features]
+            features["video"] = VideoChatFlashVisionOutput(pooler_output=pooled)
+            kwargs.pop("video_num_frames", None)
+        inputs = {name: kwargs.pop(name) for name in VISUAL_INPUTS if kwargs.get(name) is not None}
+        if "pixel_values_videos" in inputs:
+            features["video"] = self.model.get_video_features(
+                inputs["pixel_values_videos"].to(self.device), inputs.get("video_num_frames"), return_dict=True
+            )
+        if "pixel_values" in inputs:
+            features["image"] = self.model.get_image_features(
+                inputs["pixel_values"].to(self.device), inputs.get("image_grids"), return_dict=True
+            )
+        if features:
+            kwargs["mm_encoder_outputs"] = features
+            self._refuse_chunked_dropout(args, kwargs)
+        return super().generate(*args, **kwargs)
+
+    def _refuse_chunked_dropout(self, args: tuple, kwargs: dict) -> None:
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size") or getattr(given, "prefill_chunk_size", None)
+        if chunk and build_plan(self.config, kwargs.get("visual_dropout")) is not None:
+            raise ValueError(
+                f"prefill_chunk_size={chunk} cannot be combined with visual dropout: which tokens stay is decided over "
+                "the whole prompt. Leave prefill_chunk_size unset or pass visual_dropout=False."
+            )
+
+    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs) -> dict:
+        """Leaves visual inputs out of every step but the first."""
+        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            for name in (*VISUAL_INPUTS, "mm_encoder_outputs"):
+                inputs.pop(name, None)
+        return inputs
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.LongTensor | None = None,
+        **model_kwargs,
+    ) -> tuple[torch.LongTensor, dict]:
+        """Repeats each prompt with its own visual features, for beams and several return sequences."""
+        features = model_kwargs.pop("mm_encoder_outputs", None)
+        if features and expand_size > 1:
+            features = {kind: self._expand_features(kind, x, input_ids, expand_size) for kind, x in features.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if features:
+            model_kwargs["mm_encoder_outputs"] = features
+        return input_ids, model_kwargs
+
+    def _expand_features(
+        self, kind: str, output: ModelOutput, input_ids: torch.LongTensor, expand_size: int
+    ) -> VideoChatFlashVisionOutput:
+        token_id = self.config.image_token_id if kind == "image" else self.config.video_token_id
+        flat = torch.cat(list(output.pooler_output))
+        per_row = flat.split((input_ids == token_id).sum(1).tolist())
+        return VideoChatFlashVisionOutput(pooler_output=[row for row in per_row for _ in range(expand_size)])
+
+
+AutoModel.register(VideoChatFlashConfig, VideoChatFlashModel, exist_ok=True)
+AutoModelForImageTextToText.register(VideoChatFlashConfig, VideoChatFlashForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(VideoChatFlashConfig, VideoChatFlashForConditionalGeneration, exist_ok=True)
+
+__all__ = ["VideoChatFlashForConditionalGeneration", "VideoChatFlashModel", "VideoChatFlashPreTrainedModel"]
