@@ -155,7 +155,9 @@ def violations_of(name: str, imports: list[tuple[str, int, bool]]) -> list[str]:
                 found.append(f"{where} imports {root}, which this floor does without")
             continue
         mine, theirs = _floor(name), _floor(file)
-        if theirs > mine:
+        # The loaded package knows its version, which reports and logs of floor 3 record.
+        asks_version = target == "longvideo.__version__" and mine == 3 and not at_top
+        if theirs > mine and not asks_version:
             found.append(f"{where} imports upwards: floor {mine} -> {file} on floor {theirs}")
         if mine == 0 and theirs == 0 and _longest(FLOORS, file) != _longest(FLOORS, name):
             found.append(f"{where} imports {file}: floor 0 folders do not know each other")
