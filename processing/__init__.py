@@ -1,0 +1,1 @@
+"""Video, image and text processing: shared readers and samplers, then one folder per architecture."""
