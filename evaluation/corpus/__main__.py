@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m longvideo.evaluation.corpus", description=__doc__)
     parser.add_argument("--out", required=True, help="folder for videos/ and rows.jsonl")
     parser.add_argument("--num", type=int, default=100, help="number of questions (default 100)")
-    parser.add_argument("--split", choices=tuple(SPLITS), default="held_out")
+    parser.add_argument("--split", choices=SPLITS, default="held_out")
     parser.add_argument("--size", type=int, default=256, help="side of the videos in pixels (default 256)")
     parser.add_argument("--seed", type=int, default=0, help="first scene (default 0)")
     parser.add_argument("--form", choices=(*FORMS, "both"), default="both", help="open answers, letters, or in turns")

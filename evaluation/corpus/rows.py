@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def balanced_items(
     if unknown or not wanted:
         raise ValueError(f"unknown question kinds {unknown}: use {', '.join(KINDS)}")
     quota = {kind: num // len(wanted) + (place < num % len(wanted)) for place, kind in enumerate(wanted)}
-    buckets = _find_buckets(wanted, split, seed, difficulty)
+    buckets = _find_buckets(tuple(wanted), split, seed, difficulty)
     filled: Counter[tuple[str, str]] = Counter()
     taken: Counter[str] = Counter()
     items: list[Item] = []
@@ -111,7 +112,8 @@ def balanced_items(
     return items
 
 
-def _find_buckets(kinds: list[str], split: str, seed: int, difficulty: str | Difficulty) -> dict[str, int]:
+@lru_cache(maxsize=16)
+def _find_buckets(kinds: tuple[str, ...], split: str, seed: int, difficulty: str | Difficulty) -> dict[str, int]:
     """Number of buckets of each kind, seen in the first scenes."""
     found: dict[str, set[str]] = {kind: set() for kind in kinds}
     for number in range(seed, seed + 1000):

@@ -24,11 +24,11 @@ SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross", "ring")
 LETTERS: tuple[str, ...] = ("H", "L", "T", "V", "X", "Z")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "checker", "noise")
-SPLITS: dict[str, int] = {"train": 0, "held_out": 1 << 40}
+SPLITS: tuple[str, ...] = ("train", "held_out")
 MAX_SEED = 1 << 40
 UNITS = 16
-# In units: a shape that is there from the start leaves at EARLIEST or later, one that stays to the end enters by LATEST,
-# and any other stays for SHORTEST, so that at least two of sixteen frames show it.
+# In units: a shape there from the start leaves at EARLIEST or later, one that stays to the end enters by LATEST, any
+# other stays for SHORTEST, so that at least two of sixteen frames show it.
 EARLIEST = 1.65
 LATEST = UNITS - EARLIEST
 SHORTEST = 2.6
@@ -327,7 +327,7 @@ def make_scene(seed: int, split: str = "train", *, difficulty: str | Difficulty 
 
     Args:
         seed: number of the scene inside its split, 0 <= seed < 2**40.
-        split: "train" or "held_out"; the two use disjoint ranges of random seeds.
+        split: "train" or "held_out"; no seed of one gives the random numbers of the other.
         difficulty: name in DIFFICULTIES, or a Difficulty.
 
     Returns:
@@ -341,7 +341,8 @@ def make_scene(seed: int, split: str = "train", *, difficulty: str | Difficulty 
     if not 0 <= seed < MAX_SEED:
         raise ValueError(f"seed is {seed}, expected 0 <= seed < {MAX_SEED}")
     knobs = resolve_difficulty(difficulty)
-    rng = random.Random(SPLITS[split] + seed)
+    # A hashed text: Random(257) and Random(257 + 2**40) are equal, so that offsets would not keep the splits apart.
+    rng = random.Random(f"{split} scene {seed}")
     duration = rng.randint(*knobs.durations)
     background = _draw_background(rng, knobs.backgrounds)
     count = rng.choice(knobs.shapes)
