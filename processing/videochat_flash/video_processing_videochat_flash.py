@@ -1,0 +1,638 @@
+"""Videos of VideoChat-Flash: which frames are read, and their pixels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+)
+from transformers.processing_utils import VideosKwargs
+from transformers.utils import logging
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import VideoMetadata
+
+from longvideo.processing.shared.frame_sampling import (
+    check_rate,
+    clip_range,
+    dynamic_fps1_indices,
+    fps_indices,
+    num_frames_indices,
+    whole_clips,
+)
+from longvideo.processing.shared.pixels import resize_exact
+from longvideo.processing.shared.timestamps import duration_of_times
+from longvideo.processing.shared.video_io import SourceVideoMetadata, read_video
+from longvideo.processing.shared.video_sources import PICTURE_SUFFIXES
+
+logger = logging.get_logger(__name__)
+
+SAMPLING_OPTIONS = ("num_frames", "fps", "min_frames", "max_frames")
+# Names that a video block of a chat message may use, and the option that each one sets.
+BLOCK_OPTIONS = {
+    "fps": "fps",
+    "nframes": "num_frames",
+    "num_frames": "num_frames",
+    "min_frames": "min_frames",
+    "max_frames": "max_frames",
+    "video_start": "start",
+    "video_end": "end",
+    "timestamps": "timestamps",
+    "duration": "duration",
+    "video_metadata": "metadata",
+}
+
+
+class VideoChatFlashVideoProcessorKwargs(VideosKwargs, total=False):
+    """Options of the video processor beside the usual ones.
+
+    Attributes:
+        min_frames: Least number of frames.
+        max_frames: Largest number of frames.
+        mm_local_num_frames: Frames per clip; every video gets a multiple of it.
+        video_backend: "auto", "pyav" or "torchcodec".
+        num_threads: Decoder threads, 0 for as many as there are cores.
+        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
+        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
+            `end`, `timestamps`, `duration`, `metadata`.
+    """
+
+    min_frames: int | None
+    max_frames: int | None
+    mm_local_num_frames: int | None
+    video_backend: str | None
+    num_threads: int | None
+    progress: bool | None
+    video_options: list | None
+
+
+class VideoChatFlashVideoProcessor(BaseVideoProcessor):
+    """Reads, samples, resizes and normalises videos.
+
+    Files and addresses are always sampled; arrays, tensors and lists of frames count as already sampled unless
+    sampling is asked for (`num_frames`, `fps`, `min_frames`, `max_frames`, `do_sample_frames=True`) or their metadata
+    gives the frame rate without `frames_indices`. `do_sample_frames=False` keeps every frame of any source.
+    Without other wishes there is about one frame per second, at least `min_frames` and at most `max_frames`.
+    Frames without known rate count as one per second, with a warning; a rule that needs the rate is then an error.
+
+    Output: `pixel_values_videos` (videos, F, C, S, S) when all videos have F frames, otherwise (sum of F, C, S, S)
+    together with `video_num_frames` (videos,) int64; `video_metadata` on request.
+
+    Source: VideoChat-Flash `get_frame_indices` (dynamic_fps1) and its image processor (PIL bicubic to S x S).
+    """
+
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 224, "width": 224}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+    do_sample_frames = None
+    min_frames = 64
+    max_frames = 512
+    mm_local_num_frames = 4
+    video_backend = "auto"
+    num_threads = 0
+    progress = None
+    video_options = None
+    model_input_names = ["pixel_values_videos"]
+    valid_kwargs = VideoChatFlashVideoProcessorKwargs
+
+    def preprocess(self, videos: Any, **kwargs: Any) -> BatchFeature:
+        """Turn videos into normalised frames.
+
+        Args:
+            videos: One video or nested lists of them: path, address, folder or list of frame pictures, list of PIL
+                pictures, array or tensor (F, H, W, C) or (F, C, H, W).
+            **kwargs: Options of the class by name, `video_metadata`, `return_metadata`, `return_tensors`.
+
+        Returns:
+            `pixel_values_videos` and, when the videos differ in length, `video_num_frames`.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: A video cannot be read, or the options do not fit it.
+        """
+        sources = flatten_videos(videos)
+        if not sources:
+            raise ValueError("No video was given; expected at least one path, address, array or list of frames.")
+        metadata = flatten_metadata(kwargs.pop("video_metadata", None), len(sources))
+        options = list(kwargs.pop("video_options", None) or [{}] * len(sources))
+        if len(options) != len(sources):
+            raise ValueError(
+                f"video_options has {len(options)} entries for {len(sources)} videos; give one per video."
+            )
+        read = [
+            self.read_source(source, metadata=given, options=dict(own), call=kwargs)
+            for source, given, own in zip(sources, metadata, options, strict=True)
+        ]
+        kwargs.pop("input_data_format", None)
+        kwargs.update(do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
+        return super().preprocess(
+            [frames for frames, _ in read], video_metadata=[facts for _, facts in read], **kwargs
+        )
+
+    def option(self, name: str, call: Mapping[str, Any]) -> Any:
+        """Look up an option, first among those given at call time.
+
+        Args:
+            name: Name of the option.
+            call: Options given at call time.
+
+        Returns:
+            Its value, or None.
+        """
+        return call[name] if call.get(name) is not None else getattr(self, name, None)
+
+    def sampling_rule(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
+        """Join the sampling wishes of a video block, of the call and of the processor; the nearest one wins.
+
+        Args:
+            options: Wishes of this video.
+            call: Wishes of the call.
+
+        Returns:
+            `num_frames` or `fps` or neither, `min_frames`, `max_frames`, `mm_local_num_frames`, and `asked`: whether
+            the video or the call had a wish.
+
+        Raises:
+            ValueError: `num_frames` and `fps` exclude each other.
+        """
+        rule: dict[str, Any] = {"num_frames": None, "fps": None}
+        for level in (options, call, vars(self)):
+            if level.get("num_frames") is not None and level.get("fps") is not None:
+                raise ValueError(
+                    f"num_frames={level['num_frames']} and fps={level['fps']} exclude each other; give one of them."
+                )
+            if level.get("num_frames") is not None or level.get("fps") is not None:
+                rule.update(num_frames=level.get("num_frames"), fps=level.get("fps"))
+                break
+        for name in ("min_frames", "max_frames"):
+            asked = next((level[name] for level in (options, call) if level.get(name) is not None), None)
+            # The defaults belong to the one-frame-per-second rule: who asks for a rate gets that rate.
+            rule[name] = asked if asked is not None or rule["fps"] is not None else getattr(self, name)
+        rule["mm_local_num_frames"] = self.option("mm_local_num_frames", call)
+        rule["asked"] = any(level.get(name) is not None for level in (options, call) for name in SAMPLING_OPTIONS)
+        return rule
+
+    def sample_frames(
+        self,
+        metadata: VideoMetadata,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        min_frames: int | None = None,
+        max_frames: int | None = None,
+        mm_local_num_frames: int | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """Choose the frames of a video.
+
+        Args:
+            metadata: Needs `total_num_frames`, and `fps` unless `num_frames` is given.
+            num_frames: Wanted number of frames, evenly spread.
+            fps: Wanted frames per second.
+            min_frames: Least number of frames.
+            max_frames: Largest number of frames.
+            mm_local_num_frames: Frames per clip.
+
+        Returns:
+            (F,) int64 zero-based indices, F a multiple of the clip length.
+
+        Raises:
+            ValueError: More frames are asked for than there are, or the frame rate is needed and not known.
+
+        Source: VideoChat-Flash `get_frame_indices`, rule dynamic_fps1, when neither `num_frames` nor `fps` is given.
+        """
+        total = metadata.total_num_frames
+        if num_frames is not None and num_frames > total:
+            raise ValueError(
+                f"num_frames={num_frames} frames were asked for, but the video has {total}. Ask for {total} or fewer."
+            )
+        rule = {"num_frames": num_frames, "fps": fps, "min_frames": min_frames, "max_frames": max_frames}
+        rule["mm_local_num_frames"] = mm_local_num_frames
+        return self.choose_frames(metadata, rule)
+
+    def choose_frames(self, metadata: VideoMetadata, rule: Mapping[str, Any]) -> np.ndarray:
+        """Choose the frames of a video; wishes for more than there are are cut down with a warning.
+
+        Args:
+            metadata: As for `sample_frames`.
+            rule: Values of `sampling_rule`.
+
+        Returns:
+            (F,) int64 zero-based indices.
+        """
+        total, local = metadata.total_num_frames, rule["mm_local_num_frames"] or self.mm_local_num_frames
+        if rule["num_frames"] is not None:
+            return num_frames_indices(total, rule["num_frames"], local_num_frames=local)
+        least, largest = rule["min_frames"], rule["max_frames"]
+        if least is not None and largest is not None and least > largest > 0:
+            if least != self.min_frames:
+                raise ValueError(f"min_frames={least} is above max_frames={largest}; lower one or raise the other.")
+            # Only the maximum was asked for: the default minimum gives way.
+            least = largest
+        if rule["fps"] is not None:
+            return fps_indices(
+                total,
+                check_rate(metadata.fps),
+                fps=rule["fps"],
+                min_frames=least or 0,
+                max_frames=largest or 0,
+                local_num_frames=local,
+            )
+        least = self.min_frames if least is None else least
+        largest = self.max_frames if largest is None else largest
+        return dynamic_fps1_indices(
+            total,
+            check_rate(metadata.fps),
+            min_frames=whole_clips(least, local, name="min_frames") if least > local else least,
+            max_frames=whole_clips(largest, local, name="max_frames") if largest > 0 else 0,
+            local_num_frames=local,
+        )
+
+    def read_source(
+        self, source: Any, *, metadata: VideoMetadata | None, options: dict[str, Any], call: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, SourceVideoMetadata]:
+        """Read one video and choose its frames.
+
+        Args:
+            source: Path, address, list of frame pictures, or (F, ...) array or tensor.
+            metadata: What the caller knows about an array, or None.
+            options: Wishes of this video.
+            call: Wishes of the call.
+
+        Returns:
+            (F, C, H, W) frames, F a multiple of the clip length, and where they come from.
+        """
+        unknown = sorted(set(options) - set(BLOCK_OPTIONS.values()))
+        if unknown:
+            raise ValueError(f"Unknown video options {unknown}, expected some of {sorted(BLOCK_OPTIONS.values())}.")
+        rule = self.sampling_rule(options, call)
+        do_sample = self.option("do_sample_frames", call)
+        given = options.get("metadata")
+        metadata = metadata if given is None else to_metadata(given)
+        if isinstance(source, np.ndarray | torch.Tensor):
+            frames, facts = self.read_array(source, metadata, options, rule, do_sample, call)
+        else:
+            frames, facts = self.read_file(source, options, rule, do_sample, call)
+        return complete_clip(frames, facts, rule["mm_local_num_frames"])
+
+    def read_file(
+        self,
+        source: Any,
+        options: Mapping[str, Any],
+        rule: Mapping[str, Any],
+        do_sample: bool | None,
+        call: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, SourceVideoMetadata]:
+        is_pictures = isinstance(source, list | tuple)
+        if is_pictures and do_sample:
+            raise ValueError(
+                "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, "
+                "or pass the folder of the frames."
+            )
+        keep_all = do_sample is False or is_pictures
+        size, resample = self.option("size", call), self.option("resample", call)
+        height, width = (
+            (size.get("height"), size.get("width")) if isinstance(size, Mapping | SizeDict) else (None, None)
+        )
+        is_exact = self.option("do_resize", call) and height and width and resample == PILImageResampling.BICUBIC
+        frames, facts = read_video(
+            source,
+            sample_indices_fn=(
+                (lambda known: np.arange(known.total_num_frames))
+                if keep_all
+                else (lambda known: self.choose_frames(known, rule))
+            ),
+            size=(height, width) if is_exact else None,
+            start=options.get("start"),
+            end=options.get("end"),
+            backend=self.option("video_backend", call),
+            num_threads=self.option("num_threads", call),
+            progress=self.option("progress", call),
+        )
+        frames_FCHW = torch.from_numpy(frames).permute(0, 3, 1, 2)
+        return frames_FCHW, facts
+
+    def read_array(
+        self,
+        source: np.ndarray | torch.Tensor,
+        metadata: VideoMetadata | None,
+        options: Mapping[str, Any],
+        rule: Mapping[str, Any],
+        do_sample: bool | None,
+        call: Mapping[str, Any],
+    ) -> tuple[torch.Tensor, SourceVideoMetadata]:
+        frames_FCHW = channels_first(source, call.get("input_data_format"))
+        count = len(frames_FCHW)
+        times = options.get("timestamps")
+        if times is not None and len(times) != count:
+            raise ValueError(f"{len(times)} timestamps were given for {count} frames; give one time in seconds each.")
+        is_sampled = times is not None or (metadata is not None and metadata.frames_indices is not None)
+        rate = metadata.fps if metadata is not None else None
+        facts = describe_array(frames_FCHW, metadata, times=times, duration=options.get("duration"))
+        cut = options.get("start") is not None or options.get("end") is not None
+        if is_sampled or (do_sample is None and not rule["asked"] and rate is None) or do_sample is False:
+            if cut:
+                raise ValueError(
+                    "video_start and video_end need a file, or frames with a known rate that were not sampled before."
+                )
+            return frames_FCHW, facts
+        # Indices are counted in the array; a total from elsewhere would point past its end.
+        facts.total_num_frames, facts.fps = count, rate
+        first = 0
+        if cut:
+            first, facts.total_num_frames, facts.duration = clip_range(
+                count, check_rate(rate), start=options.get("start"), end=options.get("end")
+            )
+        if rule["num_frames"] is not None and rule["num_frames"] > facts.total_num_frames:
+            raise ValueError(
+                f"num_frames={rule['num_frames']} frames were asked for, but the video has {facts.total_num_frames}. "
+                f"Ask for {facts.total_num_frames} or fewer."
+            )
+        indices = self.choose_frames(facts, rule) + first
+        facts.frames_indices = indices
+        facts.frame_times = [float(index) / rate for index in indices] if rate else None
+        return frames_FCHW[torch.from_numpy(indices)], facts
+
+    def _preprocess(
+        self,
+        videos: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        return_tensors: Any = None,
+        do_convert_rgb: bool | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        processed = []
+        for frames_FCHW in videos:
+            if do_convert_rgb and frames_FCHW.shape[1] != 3:
+                frames_FCHW = self.convert_to_rgb(frames_FCHW)
+            if do_resize and size.height and size.width:
+                frames_FCHW = resize_exact(frames_FCHW, size.height, size.width, resample=pil_filter(resample))
+            elif do_resize:
+                frames_FCHW = self.resize(frames_FCHW, size=size, resample=resample)
+            if do_center_crop:
+                frames_FCHW = self.center_crop(frames_FCHW, crop_size)
+            processed.append(
+                self.rescale_and_normalize(
+                    frames_FCHW, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+                )
+            )
+        if len({video.shape for video in processed}) == 1:
+            return BatchFeature({"pixel_values_videos": processed}, tensor_type=return_tensors)
+        if len({video.shape[1:] for video in processed}) > 1:
+            raise ValueError(
+                "The frames of all videos of a batch must have one size, got "
+                f"{[tuple(video.shape[1:]) for video in processed]}; switch do_resize on."
+            )
+        counts = torch.tensor([len(video) for video in processed], dtype=torch.int64)
+        data = {"pixel_values_videos": torch.cat(processed), "video_num_frames": counts}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+
+def pil_filter(resample: Any) -> int:
+    """Turn any way to name a filter into PIL's number.
+
+    Args:
+        resample: PIL filter, number, torchvision mode or None.
+
+    Returns:
+        PIL's number of the filter; bicubic for None.
+    """
+    if resample is None:
+        return int(PILImageResampling.BICUBIC)
+    name = getattr(resample, "value", resample)
+    return int(PILImageResampling[name.upper()]) if isinstance(name, str) else int(name)
+
+
+def flatten_videos(videos: Any, depth: int = 0) -> list[Any]:
+    """List the videos of a call one by one, whatever their nesting.
+
+    Args:
+        videos: One video, a list, or a list of lists.
+        depth: Number of lists around.
+
+    Returns:
+        Paths, lists of picture paths, and (F, ...) arrays or tensors; a list of frames becomes one array.
+
+    Raises:
+        ValueError: Something that is not a video.
+    """
+    if isinstance(videos, str | PathLike):
+        return [fspath(videos)]
+    if isinstance(videos, Image.Image):
+        return [np.asarray(videos)[None]]
+    if isinstance(videos, np.ndarray | torch.Tensor):
+        if videos.ndim not in (3, 4, 5):
+            raise ValueError(
+                f"A video must have 4 dimensions (frames, height, width, channels), got shape {tuple(videos.shape)}."
+            )
+        return list(videos) if videos.ndim == 5 else [videos if videos.ndim == 4 else videos[None]]
+    if not isinstance(videos, list | tuple):
+        raise ValueError(
+            f"Expected a video as path, address, array, tensor or list of frames, got {type(videos).__name__}."
+        )
+    if videos and all(is_frame(entry) for entry in videos):
+        return [stack_frames(videos)]
+    if videos and depth >= 1 and all(isinstance(entry, str | PathLike) for entry in videos):
+        paths = [fspath(entry) for entry in videos]
+        # By the conventions of chat messages two lists are batch and sample; only a third one holds frames.
+        if depth >= 2 or all(any(path.lower().endswith(end) for end in PICTURE_SUFFIXES) for path in paths):
+            return [paths]
+        return paths
+    return [video for entry in videos for video in flatten_videos(entry, depth + 1)]
+
+
+def is_frame(value: Any) -> bool:
+    """Say whether a value is one frame.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        True for PIL pictures and arrays or tensors with three dimensions.
+    """
+    return isinstance(value, Image.Image) or (isinstance(value, np.ndarray | torch.Tensor) and value.ndim == 3)
+
+
+def stack_frames(frames: Sequence[Any]) -> np.ndarray | torch.Tensor:
+    """Join frames into one array.
+
+    Args:
+        frames: PIL pictures, arrays or tensors of one size.
+
+    Returns:
+        (F, ...) array or tensor.
+
+    Raises:
+        ValueError: The frames differ in size or number of channels.
+    """
+    if isinstance(frames[0], Image.Image):
+        frames = [np.asarray(frame) for frame in frames]
+    shapes = sorted({tuple(frame.shape) for frame in frames})
+    if len(shapes) > 1:
+        raise ValueError(f"All frames of a video must have one size, got {shapes}; resize them to one size first.")
+    return torch.stack(list(frames)) if isinstance(frames[0], torch.Tensor) else np.stack(frames)
+
+
+def channels_first(video: np.ndarray | torch.Tensor, data_format: Any = None) -> torch.Tensor:
+    """Bring an array of frames into the form (F, C, H, W).
+
+    Args:
+        video: (F, H, W, C) or (F, C, H, W) array or tensor.
+        data_format: "channels_first" or "channels_last"; guessed when None.
+
+    Returns:
+        (F, C, H, W) tensor.
+
+    Raises:
+        ValueError: There are no frames.
+    """
+    if len(video) == 0:
+        raise ValueError(f"The video has no frames (shape {tuple(video.shape)}); at least one frame is needed.")
+    frames = torch.from_numpy(np.ascontiguousarray(video)) if isinstance(video, np.ndarray) else video
+    if data_format is None:
+        data_format = infer_channel_dimension_format(frames, num_channels=(1, 3, 4))
+    if ChannelDimension(data_format) == ChannelDimension.LAST:
+        frames = frames.permute(0, 3, 1, 2)
+    return frames
+
+
+def to_metadata(value: Any) -> VideoMetadata:
+    """Read what a caller knows about a video.
+
+    Args:
+        value: `VideoMetadata` or a mapping with some of its fields.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        ValueError: A field is unknown.
+    """
+    if isinstance(value, VideoMetadata):
+        return value
+    known = {entry.name for entry in fields(VideoMetadata)}
+    if not isinstance(value, Mapping) or set(value) - known:
+        raise ValueError(f"Video metadata must be a mapping with some of {sorted(known)}, got {value!r}.")
+    return VideoMetadata(**{"total_num_frames": None, **value})
+
+
+def flatten_metadata(metadata: Any, count: int) -> list[VideoMetadata | None]:
+    """List the metadata of the videos of a call one by one.
+
+    Args:
+        metadata: None, one mapping or `VideoMetadata`, or nested lists of them.
+        count: Number of videos.
+
+    Returns:
+        One entry per video, None where nothing is known.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    if metadata is None:
+        return [None] * count
+
+    def walk(value: Any) -> list[VideoMetadata | None]:
+        if isinstance(value, list | tuple):
+            return [entry for part in value for entry in walk(part)]
+        return [None if value is None else to_metadata(value)]
+
+    entries = walk(metadata)
+    if len(entries) != count:
+        raise ValueError(f"video_metadata has {len(entries)} entries for {count} videos; give one per video.")
+    return entries
+
+
+def describe_array(
+    frames_FCHW: torch.Tensor, metadata: VideoMetadata | None, *, times: Sequence[float] | None, duration: float | None
+) -> SourceVideoMetadata:
+    """Fill in what is known about frames that came without a file.
+
+    Args:
+        frames_FCHW: The frames.
+        metadata: What the caller knows, or None.
+        times: Seconds of each frame, or None.
+        duration: Seconds of the source, or None.
+
+    Returns:
+        Metadata with a duration; frames without rate count as one per second.
+    """
+    count, _, height, width = frames_FCHW.shape
+    known = dict(metadata) if metadata is not None else {}
+    facts = SourceVideoMetadata(
+        total_num_frames=known.get("total_num_frames") or count,
+        fps=known.get("fps"),
+        width=known.get("width") or width,
+        height=known.get("height") or height,
+        duration=duration if duration is not None else known.get("duration"),
+        video_backend=known.get("video_backend"),
+        frames_indices=known.get("frames_indices") if known.get("frames_indices") is not None else list(range(count)),
+        frame_times=[float(time) for time in times] if times is not None else getattr(metadata, "frame_times", None),
+    )
+    if len(facts.frames_indices) != count:
+        raise ValueError(
+            f"frames_indices of the video metadata has {len(facts.frames_indices)} entries for {count} frames."
+        )
+    if facts.fps is not None:
+        check_rate(facts.fps)
+    if facts.duration is None and facts.frame_times is not None:
+        facts.duration = duration_of_times(facts.frame_times)
+    if facts.duration is None:
+        if facts.fps is None:
+            logger.warning_once(
+                "Frames without a known rate are taken as one per second. Pass video_metadata=[{'fps': ...}] or the "
+                "timestamps of the frames, so that the model is told the true duration."
+            )
+            facts.fps = 1.0
+        facts.duration = facts.total_num_frames / facts.fps
+    return facts
+
+
+def complete_clip(
+    frames_FCHW: torch.Tensor, facts: SourceVideoMetadata, local_num_frames: int
+) -> tuple[torch.Tensor, SourceVideoMetadata]:
+    """Repeat the last frame until the clips are whole.
+
+    Args:
+        frames_FCHW: Frames.
+        facts: Their metadata.
+        local_num_frames: Frames per clip.
+
+    Returns:
+        Frames and metadata of a multiple of `local_num_frames` frames.
+    """
+    missing = -len(frames_FCHW) % local_num_frames
+    if not missing:
+        return frames_FCHW, facts
+    logger.warning_once(
+        f"{len(frames_FCHW)} frames are not a multiple of the {local_num_frames} frames of a clip; the last one is "
+        f"repeated {missing} times."
+    )
+    last = frames_FCHW[-1:].expand(missing, -1, -1, -1)
+    facts.frames_indices = [*facts.frames_indices, *[facts.frames_indices[-1]] * missing]
+    if facts.frame_times is not None:
+        facts.frame_times = [*facts.frame_times, *[facts.frame_times[-1]] * missing]
+    return torch.cat([frames_FCHW, last]), facts
