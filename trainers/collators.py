@@ -181,6 +181,8 @@ class VideoSFTCollator:
         supervised_S = self._supervised_positions(messages, input_ids_S, offsets_S2, replacements[0], where)
         visual_S = self._visual_positions(input_ids_S)
         supervised_S &= ~visual_S
+        # Nothing comes before the first token, so nothing can predict it.
+        supervised_S[0] = False
         output["labels"] = input_ids_S.masked_fill(~supervised_S, IGNORE_INDEX)[None]
         if not supervised_S.any():
             raise ValueError(f"{where} has no supervised token. Add a message with role 'assistant' and some text.")
@@ -231,7 +233,7 @@ class VideoSFTCollator:
 
     def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         return self.processor.apply_chat_template(
-            _copy_messages(messages),
+            _copy_messages(messages, with_media=False),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
@@ -353,9 +355,18 @@ def _complete_block(block: Mapping[str, Any], media: dict[str, list[Any]], where
     return complete
 
 
-def _copy_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Templates and processors may change the dicts; the row must stay as the dataset gave it.
-    return [{**message, "content": [dict(block) for block in message["content"]]} for message in messages]
+def _copy_messages(messages: list[dict[str, Any]], *, with_media: bool = True) -> list[dict[str, Any]]:
+    # Templates and processors may change the dicts; the row must stay as the dataset gave it. Text alone needs no
+    # pixels, which a processor might copy each time.
+    return [
+        {**message, "content": [_copy_block(block, with_media=with_media) for block in message["content"]]}
+        for message in messages
+    ]
+
+
+def _copy_block(block: dict[str, Any], *, with_media: bool) -> dict[str, Any]:
+    sources = () if with_media else _VISUAL_SOURCES.get(block.get("type"), ())
+    return {key: "-" if key in sources else value for key, value in block.items()}
 
 
 def _describe_row(row: Mapping[str, Any], position: int) -> str:

@@ -15,8 +15,15 @@ from transformers.utils import is_peft_available
 from longvideo.trainers.collators import VideoSFTCollator, check_batch
 from longvideo.trainers.sft_config import PART_MODULES, VideoSFTConfig, part_of
 
-# Outputs that are not one tensor per row, which evaluation could not gather.
-_IGNORED_OUTPUTS = ["past_key_values", "hidden_states", "attentions", "visual_dropout"]
+# Outputs without one entry per row, which evaluation could not gather; logits and the labels that fit them are left.
+_IGNORED_OUTPUTS = [
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "visual_dropout",
+    "image_hidden_states",
+    "video_hidden_states",
+]
 
 
 def set_trainable_parts(model: nn.Module, parts: list[str]) -> None:
@@ -236,10 +243,11 @@ class VideoSFTTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Evaluate one batch; with visual dropout on, logits are shorter than the returned labels."""
-        return super().prediction_step(
-            model, inputs, prediction_loss_only, ignore_keys=_IGNORED_OUTPUTS if ignore_keys is None else ignore_keys
-        )
+        """Evaluate one batch; logits and labels are those of the sequence that the model really ran."""
+        ignore_keys = _IGNORED_OUTPUTS if ignore_keys is None else ignore_keys
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        # A model that may shorten its sequence returns the labels that are left beside the logits.
+        return (loss, *logits) if isinstance(logits, tuple) and len(logits) == 2 else (loss, logits, labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with throughput over all processes since the last log and the learning rate of every part."""
