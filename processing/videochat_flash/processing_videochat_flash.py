@@ -98,6 +98,24 @@ class VideoChatFlashProcessor(ProcessorMixin):
         """Visual tokens of a clip and of an image tile."""
         return self.tokens_per_frame * self.mm_local_num_frames
 
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
+        """Process prompts that already hold one placeholder per video and image.
+
+        Args:
+            images: Images, flat or one list per prompt.
+            text: Prompt or list of prompts.
+            videos: Videos, flat or one list per prompt; see `VideoChatFlashVideoProcessor.preprocess`.
+            **kwargs: Options of tokenizer, image and video processor, `return_tensors`, `return_metadata`.
+
+        Returns:
+            `input_ids`, `attention_mask` and the outputs of the image and the video processor.
+
+        Raises:
+            ValueError: Placeholders and items differ in number, truncation cuts a visual span, or the prompt is longer
+                than the tokenizer's `model_max_length`.
+        """
+        return super().__call__(images=images, text=text, videos=videos, **kwargs)
+
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> str | list[str] | BatchFeature:
