@@ -16,6 +16,8 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMul
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from longvideo.modeling.encoders.internvideo2.modeling_internvideo2 import InternVideo2VisionModel
@@ -209,9 +211,12 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         """
         projected, groups, towers, merges, sizes = [], [], [], [], []
         tower = None
-        keep = output_tower_features or kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        keep = output_tower_features
         # Recorded states of all layers are joined over one call only, so that call has to take all clips.
-        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        records = any(
+            kwargs.get(flag, getattr(self.config.vision_config, flag, False))
+            for flag in ("output_hidden_states", "output_attentions")
+        )
         chunk_size = len(clips) if records else self.config.vision_chunk_size
         for piece in iterate_chunks(clips, max(chunk_size, 1)):
             tower = self._run_tower(piece, **kwargs)
@@ -405,7 +410,7 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         visual_dropout: bool | dict | VisualDropoutPlan | None = None,
         visual_dropout_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VideoChatFlashModelOutput:
         """Runs text and visual features through the decoder.
 
@@ -530,7 +535,7 @@ class VideoChatFlashForConditionalGeneration(VideoChatFlashPreTrainedModel, Gene
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> VideoChatFlashCausalLMOutput:
         """Runs the model and, with labels, its loss.
 

@@ -162,6 +162,11 @@ class InternVideo2VisionModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Upstream looks for the attention interface in the source of this file; it is called in vit_parts.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -127,15 +127,17 @@ class UMTVisionModel(PreTrainedModel):
     def __init__(self, config: UMTVisionConfig):
         super().__init__(config)
         self.patch_embed = TubeletEmbedding(config.num_channels, config.hidden_size, config.patch_size)
-        num_patches = (config.image_size // config.patch_size) ** 2
-        self.register_buffer(
-            "video_positions", torch.empty(config.num_frames * num_patches, config.hidden_size), persistent=False
-        )
-        self.register_buffer("image_positions", torch.empty(num_patches, config.hidden_size), persistent=False)
+        self.register_buffer("video_positions", umt_position_table(config, config.num_frames), persistent=False)
+        self.register_buffer("image_positions", umt_position_table(config, 1), persistent=False)
         self.blocks = nn.ModuleList([UMTLayer(config) for _ in range(config.num_hidden_layers)])
         self.vision_layernorm = nn.LayerNorm(config.hidden_size, eps=config.final_layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Upstream looks for the attention interface in the source of this file; it is called in vit_parts.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
