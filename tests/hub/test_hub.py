@@ -1,0 +1,133 @@
+"""Uploading, downloading and loading by name, against a Hub on localhost; every client is a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.videos import make_video
+
+REPO_ID = "tester/tiny-videochat-flash"
+WEIGHTS = "model.safetensors"
+CUT_AFTER = 20_000  # bytes; the tiny weights are a few times as large
+
+
+def run_client(hub: HubServer, cache: Path, step: str, *args: object, **env: str) -> dict:
+    """Runs one step of `hub_client.py` and returns what it printed."""
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("hub_client.py")), step, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(root), **hub.client_env(cache), **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, f"{step} failed:\n{result.stderr[-3000:]}"
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny checkpoint with its card."""
+    from longvideo.hub_cards.render import render_card
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    tiny_videochat_flash_model().save_pretrained(folder)
+    tiny_videochat_flash_processor().save_pretrained(folder)
+    (folder / "README.md").write_text(render_card(folder, license="apache-2.0", repo_id=REPO_ID))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: HubServer, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return run_client(hub, tmp_path_factory.mktemp("pusher"), "push", folder, REPO_ID)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    make_video(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def downloaded(hub: HubServer, pushed: dict, video: Path, cache: Path) -> dict:
+    """What a client got whose download of the weights was cut once."""
+    hub.cuts[WEIGHTS] = CUT_AFTER
+    hub.log.clear()
+    return run_client(hub, cache, "download", REPO_ID, video)
+
+
+def test_push_uploads_model_processor_and_card(hub: HubServer, folder: Path, pushed: dict) -> None:
+    files = hub.repositories[f"models/{REPO_ID}"].files
+    expected = {"config.json", WEIGHTS, "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
+    assert expected <= set(files)
+    assert files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert not [name for name in files if name.endswith(".py")], "no code is shipped with a checkpoint"
+    assert "auto_map" not in json.loads(files["config.json"])
+
+
+def test_model_and_processor_load_by_name(pushed: dict, downloaded: dict) -> None:
+    assert downloaded["weights"] == pushed["weights"]
+    assert downloaded["model"] == "VideoChatFlashForConditionalGeneration"
+    assert downloaded["processor"] == "VideoChatFlashProcessor"
+
+
+def test_pipeline_loads_by_name_with_and_without_task(downloaded: dict) -> None:
+    by_task, by_tag = downloaded["by_task"], downloaded["by_tag"]
+    assert by_task["task"] == "video-question-answering"
+    assert by_tag["task"] == "video-text-to-text", "the task comes from the tag of the card"
+    assert isinstance(by_task["answer"], str) and by_task["answer"] == by_tag["answer"]
+
+
+def test_interrupted_download_resumes(hub: HubServer, pushed: dict, downloaded: dict) -> None:
+    ranges = [wanted for method, path, wanted in hub.log if method == "GET" and path.endswith(WEIGHTS)]
+    assert WEIGHTS not in hub.cuts, "the download was not cut"
+    first = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
+    assert ranges == [None, f"bytes={first}-"]
+    assert 0 < first <= CUT_AFTER, "the second request continues where the first was cut"
+    assert downloaded["weights"] == pushed["weights"]
+
+
+def test_offline_after_download(hub: HubServer, pushed: dict, downloaded: dict, video: Path, cache: Path) -> None:
+    num_requests = len(hub.log)
+    offline = run_client(hub, cache, "download_offline", REPO_ID, video, HF_HUB_OFFLINE="1")
+    assert len(hub.log) == num_requests, "an offline client asked the server"
+    assert offline["weights"] == pushed["weights"]
+    assert offline["processor"] == "VideoChatFlashProcessor"
+    assert offline["answer"] == downloaded["by_task"]["answer"]
+
+
+def test_error_without_import(hub: HubServer, pushed: dict, cache: Path) -> None:
+    results = run_client(hub, cache, "load_without_import", REPO_ID)
+    for part in ("config", "model"):
+        assert "`videochat_flash`" in results[part] and "does not recognize this architecture" in results[part]
+    # The cards warn of this one: no error, and no processor either.
+    assert results["processor"] not in ("", "VideoChatFlashProcessor")
+
+
+def test_error_for_missing_repository_and_file(hub: HubServer, pushed: dict, cache: Path) -> None:
+    results = run_client(hub, cache, "ask_for_missing", REPO_ID)
+    assert (
+        results["repository"].startswith("OSError") and "tester/absent is not a local folder" in results["repository"]
+    )
+    assert results["revision"].startswith("OSError") and "absent is not a valid git identifier" in results["revision"]
+    assert results["subfolder"].startswith("OSError") and "config.json" in results["subfolder"]
+    assert "EntryNotFoundError" in results["file"] and "absent.json" in results["file"]
