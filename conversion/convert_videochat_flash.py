@@ -262,7 +262,9 @@ class VideoChatFlashConversion(ArchitectureConversion):
         theta = rope.pop("rope_theta", 1e6)
         sizes = {key: getattr(vision, key) for key in TOWERS[name] if key != "model_type"}
         sizes["num_hidden_layers"] += 1
-        published = all(TOWERS[name][key] == value for key, value in sizes.items())
+        if vision.intermediate_size != mlp_width(vision.model_type, vision.hidden_size):
+            sizes["intermediate_size"] = vision.intermediate_size
+        published = all(TOWERS[name].get(key) == value for key, value in sizes.items())
         original = {
             "architectures": ["VideoChatFlashQwenForCausalLM"],
             "model_type": "videochat_flash_qwen",
@@ -328,7 +330,9 @@ class VideoChatFlashConversion(ArchitectureConversion):
             ]
         notes = add_placeholders(tokenizer, config)
         write_generation_config(config, source, folder, tokenizer)
-        write_processor(config, tokenizer, folder)
+        # The original pads on the right, where batched generation would continue behind the padding.
+        tokenizer.padding_side = "left"
+        write_processor(config, tokenizer, read_json(source / "config.json"), folder)
         return notes
 
 
@@ -359,9 +363,10 @@ def tower_sizes(config: dict[str, Any]) -> dict[str, Any]:
     if kind is None:
         raise ValueError(f"config.json has mm_vision_tower {name!r}; expected a name with {', '.join(TOWERS)}.")
     overrides = config.get("vision_tower_overrides") or {}
-    unknown = sorted(set(overrides) - set(TOWERS[kind]))
+    allowed = {*TOWERS[kind], "intermediate_size"} - {"model_type"}
+    unknown = sorted(set(overrides) - allowed)
     if unknown:
-        raise ValueError(f"vision_tower_overrides has {', '.join(unknown)}; expected {', '.join(TOWERS[kind])}.")
+        raise ValueError(f"vision_tower_overrides has {', '.join(unknown)}; expected {', '.join(sorted(allowed))}.")
     sizes = {**TOWERS[kind], **overrides}
     select_layer = config.get("mm_vision_select_layer", -2)
     if not isinstance(select_layer, int) or not -sizes["num_hidden_layers"] <= select_layer <= -1:
@@ -375,10 +380,14 @@ def tower_sizes(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"config.json has mm_hidden_size {config['mm_hidden_size']}, but the tower {name!r} is {wide} wide."
         )
-    internvideo2 = sizes["model_type"] == "internvideo2_vision_model"
-    sizes["intermediate_size"] = int(wide * 48 / 11) if internvideo2 else 4 * wide
+    sizes.setdefault("intermediate_size", mlp_width(sizes["model_type"], wide))
     sizes["num_frames"] = config.get("mm_local_num_frames", 4)
     return sizes
+
+
+def mlp_width(model_type: str, hidden_size: int) -> int:
+    """Return the width of the tower's MLP, which the original derives from the token width."""
+    return int(hidden_size * 48 / 11) if model_type == "internvideo2_vision_model" else 4 * hidden_size
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
@@ -470,18 +479,21 @@ def write_generation_config(
     GenerationConfig(**given).save_pretrained(folder)
 
 
-def write_processor(config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write the processor for the tower's frame size."""
+def write_processor(
+    config: "PreTrainedConfig", tokenizer: "PreTrainedTokenizerBase", original: dict[str, Any], folder: Path
+) -> None:
+    """Write the processor for the tower's frame size and the original's image tiling."""
     from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
     from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
     from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
 
-    side = config.vision_config.image_size
-    size = {"height": side, "width": side}
+    size = {"height": config.vision_config.image_size, "width": config.vision_config.image_size}
+    tiling = {name: original[name] for name in ("image_aspect_ratio", "image_grid_pinpoints") if original.get(name)}
     VideoChatFlashProcessor(
-        image_processor=VideoChatFlashImageProcessor(size=size),
+        image_processor=VideoChatFlashImageProcessor(size=size, **tiling),
         tokenizer=tokenizer,
-        video_processor=VideoChatFlashVideoProcessor(size=size),
+        video_processor=VideoChatFlashVideoProcessor(size=size, mm_local_num_frames=config.mm_local_num_frames),
+        tokens_per_frame=config.tokens_per_frame,
     ).save_pretrained(folder)
 
 
