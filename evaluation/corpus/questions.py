@@ -92,14 +92,14 @@ def _nearest(seconds: float) -> int:
 
 
 class _View:
-    """What sixteen sampled frames show of a scene; a frame may be the one up to 1 / fps before the sampled time."""
+    """What sixteen frames show of a scene: those at exact midpoints, and those that are read from the written file."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         self.unit = scene.duration / UNITS
-        exact = sample_times(scene.duration)
-        floored = [math.floor(time * scene.fps) / scene.fps for time in exact]
-        self.clocks = (exact, floored)
+        exact = [(index + 0.5) * self.unit for index in range(UNITS)]
+        self.clocks = (exact, sample_times(scene.duration, fps=scene.fps))
+        self.clear = tuple([time for time in clock if not self.covered(time)] for clock in self.clocks)
 
     def covered(self, time: float) -> bool:
         """Whether the needle hides everything else."""
@@ -107,14 +107,12 @@ class _View:
 
     def count(self, actor: Actor, start: float = 0.0, end: float = math.inf) -> int:
         """Sampled frames in [start, end) that show the shape, under the worse of the two samplings."""
-        return min(
-            sum(start <= time < end and actor.visible(time) and not self.covered(time) for time in clock)
-            for clock in self.clocks
-        )
+        first, last = max(start, actor.enter), min(end, actor.leave)
+        return min(sum(first <= time < last for time in clock) for clock in self.clear)
 
     def needle_count(self) -> int:
         """Sampled frames that show the needle, under the worse of the two samplings."""
-        return min(sum(self.covered(time) for time in clock) for clock in self.clocks)
+        return UNITS - max(len(clock) for clock in self.clear)
 
     def events(self) -> list[tuple[float, str, Actor | None]]:
         """Times in seconds, sorts (appears, leaves, turns, letter) and shapes of everything that happens."""

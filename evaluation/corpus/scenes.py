@@ -10,7 +10,10 @@ import hashlib
 import json
 import random
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+from longvideo.processing.shared.frame_sampling import middle_indices
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (225, 40, 40),
@@ -27,6 +30,7 @@ BACKGROUNDS: tuple[str, ...] = ("plain", "gradient", "checker", "noise")
 SPLITS: tuple[str, ...] = ("train", "held_out")
 MAX_SEED = 1 << 40
 UNITS = 16
+FPS = 8
 # In units: a shape there from the start leaves at EARLIEST or later, one that stays to the end enters by LATEST, any
 # other stays for SHORTEST, so that at least two of sixteen frames show it.
 EARLIEST = 1.65
@@ -357,15 +361,30 @@ def make_scene(seed: int, split: str = "train", *, difficulty: str | Difficulty 
         seed=seed,
         split=split,
         duration=duration,
-        fps=8,
+        fps=FPS,
         background=background,
         actors=tuple(_to_seconds(actor, unit) for actor in actors),
         needle=needle,
     )
 
 
-def sample_times(duration: float, num_frames: int = UNITS) -> list[float]:
-    """Midpoints in seconds of `num_frames` equal parts of the video."""
-    if num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}, expected at least 1")
-    return [(index + 0.5) * duration / num_frames for index in range(num_frames)]
+@lru_cache(maxsize=4096)
+def _sample_times(duration: int, num_frames: int, fps: int) -> tuple[float, ...]:
+    return tuple(index / fps for index in middle_indices(duration * fps, num_frames).tolist())
+
+
+def sample_times(duration: int, num_frames: int = UNITS, *, fps: int = FPS) -> list[float]:
+    """Times of the frames that uniform sampling takes from the written video.
+
+    Args:
+        duration: length of the video in seconds.
+        num_frames: number of frames.
+        fps: frames per second of the written video.
+
+    Returns:
+        Seconds, rising: the middle frame of each of `num_frames` equal parts, as `frame_sampling.middle_indices`.
+
+    Raises:
+        ValueError: num_frames is below 1.
+    """
+    return list(_sample_times(duration, num_frames, fps))
