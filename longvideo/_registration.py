@@ -33,6 +33,9 @@ def _register_models() -> None:
 
 
 def _register_processors() -> None:
+    auto = sys.modules.get(AUTO + "processing_auto")
+    if auto is not None and not hasattr(auto, "AutoProcessor"):
+        return  # it is being imported right now, has pulled in one of the others, and registers at its own end
     for arch in ARCHITECTURES:
         _import_once(f"longvideo.processing.{arch}.processing_{arch}")
 
