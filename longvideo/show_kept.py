@@ -18,7 +18,8 @@ THUMB_PIXELS = 112
 GAP = 6
 MARGIN = 16
 LINE = 22
-DIMMED = 0.22  # share of its brightness that a dropped patch keeps
+DIMMED = 0.2  # share of its brightness that a dropped patch keeps
+WASH, HATCH, HATCH_STEP = 95, 60, 6  # level of grey of a dropped patch, of the lines over it, pixels between them
 INK, PAPER, GREY = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 
 
@@ -144,8 +145,10 @@ def _spread(grid: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _dim(pixels: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """Darken the patches whose token was dropped and take their colour away."""
-    grey = pixels.mean(axis=-1, keepdims=True).repeat(3, axis=-1) * DIMMED
+    """Wash dropped patches out to hatched grey, so that dark and bright ones alike differ from kept ones."""
+    grey = pixels.mean(axis=-1, keepdims=True).repeat(3, axis=-1) * DIMMED + WASH * (1 - DIMMED)
+    rows, columns = np.indices(pixels.shape[:2])
+    grey[(rows + columns) % HATCH_STEP == 0] = HATCH
     return np.where(_spread(keep, pixels)[..., None], pixels, grey).astype(np.uint8)
 
 

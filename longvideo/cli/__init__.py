@@ -51,8 +51,12 @@ def build_parser(active: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="longvideo", description="Ask long videos: load, convert, estimate.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show versions and exit")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    # Both places of the switch leave the namespace alone when absent: a command's default would undo `--debug ask`.
     parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(debug=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (module_name, summary) in COMMANDS.items():
         description = summary

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# Loading it first lets the waiting registration run before any file of this folder is half imported.
+import transformers.pipelines  # noqa: F401
+
 TASK = "video-question-answering"
 ALIAS = "video-text-to-text"
 

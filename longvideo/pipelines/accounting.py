@@ -140,7 +140,7 @@ class CallTrace:
         self.prefilled = False
 
     def timings(self) -> dict[str, float]:
-        """Return seconds of `encode` (first vision layer to first language layer) and `generate` (the rest)."""
+        """Return seconds of `encode` (start of the vision tower to end of the projector) and `generate` (the rest)."""
         encode = 0.0
         if self.encode_start is not None and self.encode_end is not None:
             encode = self.encode_end - self.encode_start
@@ -159,7 +159,7 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
     """Watch the model's forward passes made by this thread inside the block.
 
     Args:
-        model: a conditional generation model with the usual names `vision_tower` and `language_model` inside.
+        model: a conditional generation model with the usual names `vision_tower` and `multi_modal_projector` inside.
 
     Yields:
         The trace, complete when the block is left.
@@ -173,8 +173,8 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
         if threading.get_ident() == thread and trace.encode_start is None and not trace.prefilled:
             trace.encode_start = _now(device)
 
-    def language_starts(*_: Any) -> None:
-        if threading.get_ident() == thread and trace.encode_end is None:
+    def projector_ends(*_: Any) -> None:
+        if threading.get_ident() == thread and not trace.prefilled:
             trace.encode_end = _now(device)
 
     def model_ends(_: nn.Module, __: Any, output: Any) -> None:
@@ -188,9 +188,11 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
 
     modules = dict(model.named_modules())
     handles = [model.register_forward_hook(model_ends)]
-    for suffix, hook in (("vision_tower", tower_starts), ("language_model", language_starts)):
-        found = [module for name, module in modules.items() if name.split(".")[-1] == suffix]
-        handles += [module.register_forward_pre_hook(hook) for module in found[:1]]
+    for name, module in modules.items():
+        if name.split(".")[-1] == "vision_tower":
+            handles.append(module.register_forward_pre_hook(tower_starts))
+        elif name.split(".")[-1] == "multi_modal_projector":
+            handles.append(module.register_forward_hook(projector_ends))
     trace.start = _now(device)
     try:
         yield trace

@@ -1,4 +1,4 @@
-"""What may be handed to the pipeline, brought to one form: rows with `messages`, or with a video or image and a question."""
+"""What may be handed to the pipeline, brought to one form: rows with `messages`, or with a visual and a question."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -10,13 +10,9 @@ import torch
 
 def registered_model_types() -> list[str]:
     """Return the `model_type` names of the architectures in this package."""
-    from transformers import AutoConfig  # noqa: F401  the registration below needs the library loaded
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from longvideo._registration import ARCHITECTURES
 
-    import longvideo.modeling  # noqa: F401  registers the architectures
-
-    extra = getattr(CONFIG_MAPPING, "_extra_content", {})
-    return sorted(name for name, cls in extra.items() if cls.__module__.startswith("longvideo.modeling."))
+    return sorted(ARCHITECTURES)
 
 
 def check_checkpoint(folder: str | os.PathLike) -> None:

@@ -208,8 +208,13 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if visual_dropout is not None:
             settings["visual_dropout"] = visual_dropout
         settings["return_dict_in_generate"] = False
+        kept: dict[str, Any] = {}
         with accounting.trace_call(self.model) as trace:
-            ids = self.model.generate(**tensors, **settings)
+            generate_inputs = tensors
+            if return_kept_tokens:
+                generate_inputs, encoded = self._encode_once(tensors)
+                kept = self._kept_tokens(tensors, encoded)
+            ids = self.model.generate(**generate_inputs, **settings)
         answer_ids = ids[0, prompt:] if ids.shape[1] >= prompt else ids[0]
         outputs: dict[str, Any] = {
             "answer_ids": answer_ids,
@@ -218,26 +223,29 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             "token_counts": accounting.count_tokens(tensors, config, trace, answer_ids.numel()),
         }
         if return_kept_tokens:
-            outputs["kept_tokens"] = self._kept_tokens(tensors, trace)
+            outputs["kept_tokens"] = {**kept, "stages": list(trace.stages)}
         return outputs
 
-    def _kept_tokens(self, tensors: dict[str, torch.Tensor], trace: accounting.CallTrace) -> dict[str, Any]:
-        """Collect what a picture of the kept tokens needs, for the first video of the sample."""
+    def _encode_once(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], Any]:
+        """Encode the videos of a sample; return the inputs of `generate` without their pixels, and the features."""
         if "pixel_values_videos" not in tensors:
-            raise ValueError("return_kept_tokens needs a video in the prompt; this sample has none.")
+            return tensors, None
         names = ("pixel_values_videos", "video_num_frames")
-        features = self.model.get_video_features(**{name: tensors[name] for name in names if name in tensors})
-        pixels_FCHW = tensors["pixel_values_videos"].flatten(0, -4)
-        counts = tensors.get("video_num_frames")
-        num_frames = pixels_FCHW.shape[0] if counts is None else int(counts[0])
-        if counts is None and tensors["pixel_values_videos"].ndim == 5:
-            num_frames = tensors["pixel_values_videos"].shape[1]
+        encoded = self.model.encode_video(**{name: tensors[name] for name in names if name in tensors})
+        rest = {name: value for name, value in tensors.items() if name not in names}
+        return {**rest, "encoded_video": encoded}, encoded
+
+    def _kept_tokens(self, tensors: dict[str, torch.Tensor], encoded: Any) -> dict[str, Any]:
+        """Collect what a picture of the kept tokens needs, for the first video of the sample."""
+        if encoded is None:
+            raise ValueError("return_kept_tokens needs a video in the prompt; this sample has none.")
+        pixels = tensors["pixel_values_videos"]
+        frames_FCHW = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
         ids = tensors["input_ids"][0]
         first_video = int((ids == self.model.config.video_token_id).nonzero()[0])
         return {
-            "frames": self._to_uint8(pixels_FCHW[:num_frames]),
-            "merge_groups": features.merge_groups[0],
-            "stages": list(trace.stages),
+            "frames": self._to_uint8(frames_FCHW[: encoded.num_frames[0]]),
+            "merge_groups": encoded.merge_groups[0],
             # Pictures in front of the video come first in the sample's visual tokens.
             "first_token": int((ids[:first_video] == self.model.config.image_token_id).sum()),
         }
@@ -300,6 +308,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         accounting.check_budget(tensors, self.model.config, max(len(ids) for ids in tokenized))
         extra = {} if visual_dropout is None else {"visual_dropout": visual_dropout}
         with self.device_placement(), torch.no_grad():
+            tensors, _ = self._encode_once(tensors)
             return [accounting.forced_log_likelihood(self.model, tensors, ids, extra) for ids in tokenized]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
