@@ -126,7 +126,8 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
             pixels = torch.from_numpy(np.array(image.convert("RGB") if do_convert_rgb else image))
             input_data_format = ChannelDimension.LAST
         else:
-            pixels = torch.as_tensor(image)
+            # A copy where torch would warn about arrays that must not be written to.
+            pixels = torch.as_tensor(np.require(image, requirements="W") if isinstance(image, np.ndarray) else image)
         if pixels.ndim == 2:
             pixels, input_data_format = pixels[None], ChannelDimension.FIRST
         if input_data_format is None:

@@ -164,8 +164,8 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
             call: Wishes of the call.
 
         Returns:
-            `num_frames` or `fps` or neither, `min_frames`, `max_frames`, `mm_local_num_frames`, and `asked`: whether
-            the video or the call had a wish.
+            `num_frames` or `fps` or neither, `min_frames` and `max_frames` as asked for (None when not),
+            `mm_local_num_frames`, and `asked`: whether the video or the call had a wish.
 
         Raises:
             ValueError: `num_frames` and `fps` exclude each other.
@@ -180,9 +180,7 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
                 rule.update(num_frames=level.get("num_frames"), fps=level.get("fps"))
                 break
         for name in ("min_frames", "max_frames"):
-            asked = next((level[name] for level in (options, call) if level.get(name) is not None), None)
-            # The defaults belong to the one-frame-per-second rule: who asks for a rate gets that rate.
-            rule[name] = asked if asked is not None or rule["fps"] is not None else getattr(self, name)
+            rule[name] = next((level[name] for level in (options, call) if level.get(name) is not None), None)
         rule["mm_local_num_frames"] = self.option("mm_local_num_frames", call)
         rule["asked"] = any(level.get(name) is not None for level in (options, call) for name in SAMPLING_OPTIONS)
         return rule
@@ -237,23 +235,19 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         total, local = metadata.total_num_frames, rule["mm_local_num_frames"] or self.mm_local_num_frames
         if rule["num_frames"] is not None:
             return num_frames_indices(total, rule["num_frames"], local_num_frames=local)
-        least, largest = rule["min_frames"], rule["max_frames"]
-        if least is not None and largest is not None and least > largest > 0:
-            if least != self.min_frames:
-                raise ValueError(f"min_frames={least} is above max_frames={largest}; lower one or raise the other.")
-            # Only the maximum was asked for: the default minimum gives way.
-            least = largest
         if rule["fps"] is not None:
+            # The default limits belong to the rule of one frame per second: who asks for a rate gets that rate.
+            least, largest = rule["min_frames"] or 0, rule["max_frames"] or 0
+            check_limits(least, largest)
             return fps_indices(
                 total,
                 check_rate(metadata.fps),
                 fps=rule["fps"],
-                min_frames=least or 0,
-                max_frames=largest or 0,
+                min_frames=least,
+                max_frames=largest,
                 local_num_frames=local,
             )
-        least = self.min_frames if least is None else least
-        largest = self.max_frames if largest is None else largest
+        least, largest = self.limits(rule["min_frames"], rule["max_frames"])
         return dynamic_fps1_indices(
             total,
             check_rate(metadata.fps),
@@ -261,6 +255,27 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
             max_frames=whole_clips(largest, local, name="max_frames") if largest > 0 else 0,
             local_num_frames=local,
         )
+
+    def limits(self, least: int | None, largest: int | None) -> tuple[int, int]:
+        """Complete the wished limits; a default gives way to a wish that contradicts it.
+
+        Args:
+            least: Wished least number of frames or None.
+            largest: Wished largest number of frames, 0 for no limit, or None.
+
+        Returns:
+            Least and largest number of frames.
+
+        Raises:
+            ValueError: Both are wishes and contradict each other.
+        """
+        if least is not None and largest is not None:
+            check_limits(least, largest)
+            return least, largest
+        if least is not None:
+            return least, self.max_frames and max(self.max_frames, least)
+        largest = self.max_frames if largest is None else largest
+        return min(self.min_frames, largest) if largest > 0 else self.min_frames, largest
 
     def read_source(
         self, source: Any, *, metadata: VideoMetadata | None, options: dict[str, Any], call: Mapping[str, Any]
@@ -411,6 +426,20 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
 
+def check_limits(least: int, largest: int) -> None:
+    """Check that two limits of the number of frames do not contradict each other.
+
+    Args:
+        least: Least number of frames.
+        largest: Largest number of frames, 0 for no limit.
+
+    Raises:
+        ValueError: They do.
+    """
+    if least > largest > 0:
+        raise ValueError(f"min_frames={least} is above max_frames={largest}; lower the first or raise the second.")
+
+
 def pil_filter(resample: Any) -> int:
     """Turn any way to name a filter into PIL's number.
 
@@ -511,7 +540,8 @@ def channels_first(video: np.ndarray | torch.Tensor, data_format: Any = None) ->
     """
     if len(video) == 0:
         raise ValueError(f"The video has no frames (shape {tuple(video.shape)}); at least one frame is needed.")
-    frames = torch.from_numpy(np.ascontiguousarray(video)) if isinstance(video, np.ndarray) else video
+    # A copy where torch would warn about arrays that must not be written to.
+    frames = video if isinstance(video, torch.Tensor) else torch.from_numpy(np.require(video, requirements=["C", "W"]))
     if data_format is None:
         data_format = infer_channel_dimension_format(frames, num_channels=(1, 3, 4))
     if ChannelDimension(data_format) == ChannelDimension.LAST:
