@@ -6,13 +6,14 @@ A factory takes no argument and returns a dict with
     inputs_dict         tensors for forward: input_ids, attention_mask and pixels
     processor           a callable that returns a fresh processor
     needs_torchcodec    False where the video processor decodes files without torchcodec
-    video_processor_dict  settings for the video processor's tests; size has height and width
+    video_processor_dict  settings of the video processor in its tests, beside resizing, cropping and normalizing
     max_lengths         length attributes of the processor tests, where ours need other ones
     skip                {test name or pattern: reason}, for tests that do not apply
     overrides           attributes or methods of every test class
 """
 
 import torch
+from transformers import ProcessorMixin
 
 import longvideo  # noqa: F401 (registers the architectures)
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import (
@@ -26,8 +27,8 @@ FACTORIES = ("videochat_flash",)
 
 def videochat_flash() -> dict:
     """VideoChat-Flash with visual dropout off: one image and one video of one clip in every prompt."""
-    # Suite tests fill up batches smaller than 7 with ids below 5, and clamp ids to a vocabulary that is 15 smaller: neither
-    # may make or lose a placeholder, because placeholders that do not fit the pixels are an error here.
+    # Suite tests fill up batches smaller than 7 with ids below 5, and clamp ids to a vocabulary that is 15 smaller:
+    # neither may make or lose a placeholder, because placeholders that do not fit the pixels are an error here.
     config = tiny_videochat_flash_config(num_hidden_layers=2, image_token_id=5, video_token_id=6)
     batch_size = 7
     side = config.vision_config.image_size
@@ -45,15 +46,35 @@ def videochat_flash() -> dict:
             "pixel_values_videos": torch.rand(batch_size, config.mm_local_num_frames, 3, side, side),
             "pixel_values": torch.rand(batch_size, 3, side, side),
         },
-        "overrides": {"additional_model_inputs": ["pixel_values_videos", "pixel_values"]},
-        "processor": tiny_videochat_flash_processor,
+        "processor": videochat_flash_processor,
         "needs_torchcodec": False,
-        "video_processor_dict": {
-            "do_resize": True,
-            "size": {"height": 20, "width": 20},
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-            "do_convert_rgb": True,
+        # Clips of one frame: the suite counts with 3 and 6 frames.
+        "video_processor_dict": {"mm_local_num_frames": 1},
+        "skip": {
+            "test_video_processor_from_dict_with_kwargs": "a number as size is a square, as the tower needs; the suite "
+            "takes it for the shortest edge",
+        },
+        "overrides": {
+            "additional_model_inputs": ["pixel_values_videos", "pixel_values"],
+            "video_sampling_expectations": property(lambda self: whole_clip_expectations()),
         },
     }
+
+
+def videochat_flash_processor() -> ProcessorMixin:
+    """The tiny processor with one tile per image, because the suite expects one row of pixels per image."""
+    processor = tiny_videochat_flash_processor()
+    processor.image_processor.image_aspect_ratio = "square"
+    processor.image_processor.multi_image_aspect_ratio = "square"
+    return processor
+
+
+def whole_clip_expectations() -> list[dict]:
+    """Frames taken of the suite's film, 11 at 30 per second: whole clips of four, and sampling is on by default."""
+    return [
+        {"num_frames": 3, "fps": None, "expected_dim": 1, "output_length": 4},
+        {"num_frames": None, "fps": 10, "expected_dim": 1, "output_length": 4},
+        {"do_sample_frames": False, "fps": 10, "expected_dim": 1, "output_length": 12},
+        {"do_sample_frames": False, "expected_dim": 1, "output_length": 12},
+        {"expected_dim": 1, "output_length": 4},
+    ]

@@ -266,7 +266,17 @@ def build_processor_tests(spec: dict) -> type:
 def build_video_processor_tests(spec: dict) -> type:
     """Returns the video processor tests, on five videos of eight frames with sides of 30 to 80 pixels."""
     common = importlib.import_module(f"{ALIAS}.test_video_processing_common")
-    size = spec["video_processor_dict"]["size"]
+    settings = {
+        "do_resize": True,
+        "size": {"shortest_edge": 20},
+        "do_center_crop": True,
+        "crop_size": {"height": 18, "width": 18},
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+        "do_sample_frames": False,
+    }
 
     class VideoProcessingTester:
         batch_size, num_frames, num_channels = 5, 8, 3
@@ -277,7 +287,7 @@ def build_video_processor_tests(spec: dict) -> type:
             )
 
         def expected_output_video_shape(self, videos: list) -> list[int]:
-            return [self.num_frames, self.num_channels, size["height"], size["width"]]
+            return [self.num_frames, self.num_channels, 18, 18]
 
     def set_up(self: unittest.TestCase) -> None:
         common.VideoProcessingTestMixin.setUp(self)
@@ -286,7 +296,7 @@ def build_video_processor_tests(spec: dict) -> type:
     body = {
         "setUp": set_up,
         "fast_video_processing_class": type(spec["processor"]().video_processor),
-        "video_processor_dict": {"do_sample_frames": False, **spec["video_processor_dict"]},
+        "video_processor_dict": {**settings, **spec.get("video_processor_dict", {})},
     }
     return type("VideoProcessorTest", (common.VideoProcessingTestMixin, unittest.TestCase), body)
 
