@@ -1,0 +1,125 @@
+"""The question-answering evaluation: arithmetic, scores against a plain computation, determinism, command."""
+
+import json
+
+import pytest
+import torch
+
+from longvideo.evaluation.answer_questions import (
+    Answered,
+    answer_item,
+    encode_first_video,
+    evaluate,
+    format_table,
+    main,
+    prompt_ids,
+    score_options,
+    summarize,
+)
+from longvideo.evaluation.corpus import balanced_items, write_video
+from longvideo.evaluation.metrics import wilson_interval
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+
+DROPOUT = {"llm_compress_type": "uniform0_attention", "llm_compress_layer_list": [1, 3]}
+DROPOUT |= {"llm_image_token_ratio_list": [1.0, 0.5, 0.25]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_videochat_flash_model(**DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_videochat_flash_processor()
+
+
+@pytest.fixture(scope="module")
+def item():
+    return max(balanced_items(24), key=lambda item: len(item.questions))
+
+
+@pytest.fixture(scope="module")
+def video(item, tmp_path_factory):
+    return write_video(item.scene, tmp_path_factory.mktemp("video") / "scene.mp4", size=(64, 64))
+
+
+def result(kind: str, chosen: int) -> Answered:
+    return Answered("a.mp4", kind, "?", ("a", "b", "c", "d"), 1, chosen, (0.0, 0.0, 0.0, 0.0))
+
+
+def test_summary_counts_and_intervals() -> None:
+    results = [result("needle", 1)] * 5 + [result("needle", 0)] * 5 + [result("colour", 1)] * 3 + [result("colour", 2)]
+    summary = summarize(results)
+    assert list(summary) == ["colour", "needle", "all"]
+    assert [summary[kind]["num_correct"] for kind in summary] == [3, 5, 8]
+    assert [summary[kind]["accuracy"] for kind in summary] == [0.75, 0.5, 8 / 14]
+    # Tabulated to four digits.
+    assert summary["needle"]["interval_95"] == pytest.approx([0.2366, 0.7634], abs=6e-5)
+    assert summary["all"]["interval_95"] == list(wilson_interval(8, 14))
+    lines = format_table(summary).splitlines()
+    assert lines[2].split() == ["needle", "10", "5", "50.0", "%", "23.7", "-", "76.3", "%"]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@torch.no_grad()
+def test_scores_are_those_of_generation(model, processor, item, video, dropout: bool) -> None:
+    """Batched scores equal a prefill of the prompt from pixels and one decoding step per token, one answer alone."""
+    questions = [question.question for question in item.questions]
+    inputs, prompts = prompt_ids(processor, video, questions, 16)
+    features = encode_first_video(model, inputs)
+    answers = [[70, 80, 2], [90, 2], [70, 81, 82, 2], [2]]
+    scores = score_options(model, features, prompts[1], answers, visual_dropout=dropout)
+    pixels = inputs["pixel_values_videos"][1:2]
+    for answer, score in zip(answers, scores, strict=True):
+        prompt = torch.tensor([prompts[1]])
+        out = model(input_ids=prompt, pixel_values_videos=pixels, visual_dropout=dropout, use_cache=True)
+        assert (out.visual_dropout is not None) == dropout
+        total, seen = 0.0, prompt.shape[1]
+        for token in answer:
+            total += float(out.logits[0, -1].log_softmax(-1)[token])
+            seen += 1
+            mask = torch.ones(1, seen, dtype=torch.long)
+            step = torch.tensor([[token]])
+            out = model(input_ids=step, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        # float32 sums of up to four terms, in another order of operations.
+        assert score == pytest.approx(total, abs=2e-3)
+
+
+@torch.no_grad()
+def test_questions_of_a_video_do_not_mix(model, processor, item, video) -> None:
+    for form in ("open", "letter"):
+        together = answer_item(model, processor, item, video, form=form)
+        assert [answered.question for answered in together] == [question.question for question in item.questions]
+        for place, question in enumerate(item.questions):
+            single = type(item)(item.scene, (question,))
+            alone = answer_item(model, processor, single, video, form=form)[0]
+            # Rounded to four digits; float32 in batches of another width.
+            assert alone.scores == pytest.approx(together[place].scores, abs=2e-3)
+            assert together[place].chosen == max(range(4), key=together[place].scores.__getitem__)
+            assert together[place].truth == question.answer_index
+
+
+def test_evaluation_is_deterministic_and_complete(model, processor) -> None:
+    first = evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
+    assert first == evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
+    assert sorted(answered.kind for answered in first) == ["colour"] * 3 + ["needle"] * 3
+    with pytest.raises(ValueError, match="unknown form 'free'"):
+        evaluate(model, processor, 6, form="free")
+
+
+def test_command(model, processor, tmp_path, capsys) -> None:
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    out = tmp_path / "reports" / "answers.json"
+    arguments = ["--model", str(tmp_path / "model"), "--num", "4", "--kinds", "count", "--size", "32"]
+    assert main([*arguments, "--json", str(out), "--visual-dropout", "on"]) == 0
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    right = sum(answer["chosen"] == answer["truth"] for answer in written["answers"])
+    assert written["summary"]["all"]["num_correct"] == right and len(written["answers"]) == 4
+    assert printed.splitlines()[1].split()[:3] == ["count", "4", str(right)]
+    assert "chance 25.0 %" in printed and "visual dropout: on" in printed
+    assert [path.name for path in out.parent.iterdir()] == ["answers.json"]
+    assert main(["--model", str(tmp_path / "absent"), "--num", "1"]) == 2
+    assert "error:" in capsys.readouterr().err
