@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
     dropped = ask(pipe, video, text, truth=truth, kind=kind, visual_dropout=plan, return_kept_tokens=True)
     kept = dropped.token_counts["kept"]
     picture = out / "kept_tokens.png"
-    draw(kept["frames"], kept["merge_groups"], kept["stages"], picture, first_token=kept["first_token"])
+    draw(**kept, path=picture)
     print(f"{'=' * WIDTH}\nThe last question again, with visual dropout inside the language model:")
     print(format_asked([dropped]))
     print(f"{'=' * WIDTH}\nPicture of the kept tokens: {picture}")

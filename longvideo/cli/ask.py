@@ -186,7 +186,7 @@ def _answer(
     if kept is not None:
         from longvideo.show_kept import draw
 
-        draw(kept["frames"], kept["merge_groups"], kept["stages"], args.show_kept, first_token=kept["first_token"])
+        draw(**kept, path=args.show_kept)
     if args.json:
         picture = {"kept_picture": args.show_kept} if kept is not None else {}
         chosen = {key: result[key] for key in ("answer", "timings", "token_counts")}

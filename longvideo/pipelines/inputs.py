@@ -235,3 +235,24 @@ def check_messages(messages: Sequence[Any]) -> None:
                     check_source(block.get(key), kind)
     if not any(text.strip() for text in texts):
         raise ValueError("The chat holds no text. Add a question as {'type': 'text', 'text': ...}.")
+
+
+def has_video(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Tell whether a chat holds a video block."""
+    blocks = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return any(block.get("type") == "video" for content in blocks for block in content or [])
+
+
+def describe_video(metadata: Any) -> dict[str, Any]:
+    """Return the facts of one video: source fps, seconds, and the sampled frames' numbers and times in the source."""
+    indices = [] if metadata.frames_indices is None else [int(index) for index in metadata.frames_indices]
+    times = getattr(metadata, "frame_times", None)
+    if times is None and metadata.fps:
+        times = [index / metadata.fps for index in indices]
+    return {
+        "fps": metadata.fps,
+        "duration": metadata.duration,
+        "total_num_frames": metadata.total_num_frames,
+        "frames_indices": indices,
+        "frame_times": None if times is None else [float(time) for time in times],
+    }

@@ -20,7 +20,13 @@ DEFAULT_MAX_NEW_TOKENS = 256
 SAMPLING_KEYS = ("num_frames", "fps", "min_frames", "max_frames")
 GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_"))
 PREPROCESS_KEYS = (*SAMPLING_KEYS, "start", "end", "processor_kwargs", "continue_final_message", "video_metadata")
-POSTPROCESS_KEYS = ("return_full_text", "return_timings", "return_token_counts", "return_kept_tokens")
+POSTPROCESS_KEYS = (
+    "return_full_text",
+    "return_timings",
+    "return_token_counts",
+    "return_video_metadata",
+    "return_kept_tokens",
+)
 
 
 class VideoQuestionAnsweringPipeline(Pipeline):
@@ -93,11 +99,12 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             **kwargs: `max_new_tokens`, `generate_kwargs` and single settings of `generate`, `streamer`;
                 `num_frames`, `fps` (frames per second), `min_frames`, `max_frames`; `start`, `end` (seconds);
                 `visual_dropout` (False, True or a dict); `processor_kwargs`; `return_timings`, `return_token_counts`,
-                `return_kept_tokens`, `return_full_text` (chat only).
+                `return_video_metadata`, `return_kept_tokens`, `return_full_text` (chat only).
 
         Returns:
             A dict with `answer` and `generated_text` (for a chat the messages with the new turn), and on request
-            `timings` (seconds), `token_counts`, `kept_tokens`; a list of dicts for a list, an iterator for a
+            `timings` (seconds), `token_counts`, `video_metadata` (source fps, duration and the sampled frames' indices
+            and times), `kept_tokens`; a list of dicts for a list, an iterator for a
             generator or dataset.
 
         Raises:
@@ -150,6 +157,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if continue_final_message is None:
             continue_final_message = messages[-1]["role"] == "assistant"
         options = {"return_tensors": "pt", **sampling, **(processor_kwargs or {})}
+        if inputs.has_video(messages):
+            options["return_metadata"] = True
         if not isinstance(row, Chat) and row.get("video_metadata") is not None:
             video_metadata = row["video_metadata"]
         if video_metadata is not None:
@@ -164,7 +173,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             processor_kwargs=options,
         )
         tensors = {key: self._cast(value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
-        about = {"decode": time.perf_counter() - begin, "messages": messages if is_chat else None}
+        about = {
+            "decode": time.perf_counter() - begin,
+            "messages": messages if is_chat else None,
+            "videos": [inputs.describe_video(facts) for facts in encoded.get("video_metadata") or ()],
+        }
         return {"tensors": tensors, "about": about}
 
     def _cast(self, value: torch.Tensor) -> torch.Tensor:
@@ -223,7 +236,9 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             "token_counts": accounting.count_tokens(tensors, config, trace, answer_ids.numel()),
         }
         if return_kept_tokens:
-            outputs["kept_tokens"] = {**kept, "stages": list(trace.stages)}
+            videos = model_inputs["about"]["videos"]
+            times = videos[0]["frame_times"] if videos else None
+            outputs["kept_tokens"] = {**kept, "stages": list(trace.stages), "times": times}
         return outputs
 
     def _encode_once(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], Any]:
@@ -265,6 +280,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return_full_text: bool = True,
         return_timings: bool = False,
         return_token_counts: bool = False,
+        return_video_metadata: bool = False,
         return_kept_tokens: bool = False,
     ) -> dict[str, Any]:
         """Decode the answer and keep what was asked for."""
@@ -277,6 +293,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             result["timings"] = outputs["timings"]
         if return_token_counts:
             result["token_counts"] = outputs["token_counts"]
+        if return_video_metadata:
+            result["video_metadata"] = outputs["about"]["videos"]
         if return_kept_tokens:
             result["kept_tokens"] = outputs["kept_tokens"]
         return result
