@@ -1,5 +1,6 @@
 """Images of VideoChat-Flash: the whole picture as one tile, followed by a grid of tiles at a larger size."""
 
+from os import PathLike, fspath
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,8 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
         """
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, str):
-            return load_image(image_url_or_urls)
+        if isinstance(image_url_or_urls, str | PathLike):
+            return load_image(fspath(image_url_or_urls))
         if is_valid_image(image_url_or_urls):
             return image_url_or_urls
         raise TypeError(

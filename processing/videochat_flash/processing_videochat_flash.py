@@ -1,16 +1,18 @@
 """The processor of VideoChat-Flash: messages with videos and images to model inputs."""
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
-from os import PathLike, fspath
 from typing import Any
 
+from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs, VideosKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from longvideo.processing.shared.chat_templates import load_chat_template
+from longvideo.processing.shared.messages import check_question, prepare_conversation
 from longvideo.processing.shared.placeholders import (
     check_not_truncated,
     check_placeholder_count,
@@ -19,17 +21,14 @@ from longvideo.processing.shared.placeholders import (
     shift_spans,
 )
 from longvideo.processing.shared.timestamps import TIME_MESSAGE, format_time_message
+from longvideo.processing.shared.video_inputs import flatten_videos
 from longvideo.processing.videochat_flash import register as _register
-from longvideo.processing.videochat_flash.video_processing_videochat_flash import (
-    BLOCK_OPTIONS,
-    flatten_videos,
-    is_frame,
-    stack_frames,
-)
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 CHAT_TEMPLATE = "qwen_chatml"
+# What a user typed may be marked as plain text by newer versions of Transformers; it then stands for no item.
+UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 # Tokenizers without a limit of their own carry a number of about 1e30.
 UNLIMITED = 10**9
 
@@ -197,7 +196,7 @@ class VideoChatFlashProcessor(ProcessorMixin):
             images=images, text=text, videos=videos, audio=audio, **kwargs
         )
         if images is not None and isinstance(text, list) and all(isinstance(sample, str) for sample in text):
-            flat, counts = make_flat_list_of_images(images), [sample.count(self.image_token) for sample in text]
+            flat, counts = make_flat_list_of_images(images), [count_token(sample, self.image_token) for sample in text]
             if sum(counts) == len(flat):
                 starts = [sum(counts[:index]) for index in range(len(counts))]
                 images = [flat[start : start + count] for start, count in zip(starts, counts, strict=True)]
@@ -217,18 +216,19 @@ class VideoChatFlashProcessor(ProcessorMixin):
         Raises:
             ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
         """
-        if audio is not None:
+        if audio is not None or kwargs.get("audios") is not None:
             raise ValueError("VideoChat-Flash takes no sound; leave `audio` out and pass the video only.")
-        if text is not None and isinstance(text, list) and all(isinstance(sample, str) for sample in text):
-            num_images = len(make_flat_list_of_images(images)) if images is not None else 0
-            num_videos = len(flatten_videos(videos)) if videos is not None else 0
-            for kind, token, count in (
-                ("image", self.image_token, num_images),
-                ("video", self.video_token, num_videos),
-            ):
-                found = sum(sample.count(token) for sample in text)
-                check_placeholder_count(kind=kind, token=token, num_placeholders=found, num_items=count)
-        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+        if text is None and images is None and videos is None:
+            raise ValueError("Nothing was given; expected text, images or videos.")
+        if text is None:
+            return
+        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
+            raise ValueError(f"text must be a prompt or a list of prompts, got {text!r}.")
+        num_images = len(make_flat_list_of_images(images)) if images is not None else 0
+        num_videos = len(flatten_videos(videos)) if videos is not None else 0
+        for kind, token, count in (("image", self.image_token, num_images), ("video", self.video_token, num_videos)):
+            found = sum(count_token(sample, token) for sample in text)
+            check_placeholder_count(kind=kind, token=token, num_placeholders=found, num_items=count)
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -322,7 +322,7 @@ class VideoChatFlashProcessor(ProcessorMixin):
             ("video", self.video_token, self.video_token_id),
         ):
             kept = [row.count(token_id) for row in rows]
-            expected = [sample.count(token) for sample in text]
+            expected = [count_token(sample, token) for sample in text]
             check_not_truncated(kind=kind, expected=expected, kept=kept, max_length=max(map(len, rows)))
             visual = [before + now for before, now in zip(visual, kept, strict=True)]
         limit = getattr(self.tokenizer, "model_max_length", None)
@@ -331,6 +331,19 @@ class VideoChatFlashProcessor(ProcessorMixin):
             used = int(sum(masks[index])) if masks is not None else len(row)
             if visual[index] and limit is not None and limit < UNLIMITED:
                 check_token_budget(num_tokens=used, num_visual_tokens=visual[index], max_tokens=limit)
+
+
+def count_token(text: str, token: str) -> int:
+    """Count the placeholders of a prompt.
+
+    Args:
+        text: Prompt.
+        token: Placeholder token.
+
+    Returns:
+        How often it occurs, places marked as plain text left out.
+    """
+    return len(re.findall(UNMARKED + re.escape(token), text))
 
 
 def placeholder_id(tokenizer: Any, token: str) -> int:
@@ -376,89 +389,6 @@ def base_parameters() -> list[str]:
         Their names.
     """
     return list(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
-
-
-def prepare_conversation(conversation: Any) -> tuple[Any, list[dict[str, Any]]]:
-    """Copy messages, bring their videos into the forms that Transformers passes on, and take out their own wishes.
-
-    Args:
-        conversation: Messages, or a list of conversations; not changed.
-
-    Returns:
-        The copy, and one mapping of options per video in order.
-
-    Raises:
-        ValueError: The conversation is empty, or a video block names no video or several.
-    """
-    if not isinstance(conversation, list | tuple) or not conversation:
-        raise ValueError(
-            f"Expected a list of messages like {{'role': 'user', 'content': [...]}}, got {conversation!r}."
-        )
-    options: list[dict[str, Any]] = []
-
-    def copy_message(message: Any) -> Any:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        if not isinstance(content, list | tuple):
-            return dict(message) if isinstance(message, Mapping) else message
-        return {**message, "content": [copy_block(block) for block in content]}
-
-    def copy_block(block: Any) -> Any:
-        if isinstance(block, str):
-            return {"type": "text", "text": block}
-        if block.get("type") != "video":
-            return dict(block)
-        keys = [key for key in ("video", "url", "path") if block.get(key) is not None]
-        if len(keys) != 1:
-            raise ValueError(
-                f"A video block needs exactly one of 'video', 'url' and 'path', got {keys or 'none of them'}. "
-                "Write one block per video."
-            )
-        options.append({target: block[key] for key, target in BLOCK_OPTIONS.items() if block.get(key) is not None})
-        return {"type": "video", keys[0]: plain_video(block[keys[0]])}
-
-    if isinstance(conversation[0], list | tuple):
-        return [[copy_message(message) for message in part] for part in conversation], options
-    return [copy_message(message) for message in conversation], options
-
-
-def plain_video(video: Any) -> Any:
-    """Bring one video of a message into a form that keeps it one video.
-
-    Args:
-        video: Path, address, array, tensor, list of frames or of picture paths.
-
-    Returns:
-        Text, array, tensor or list of texts.
-    """
-    if isinstance(video, PathLike):
-        return fspath(video)
-    if isinstance(video, list | tuple) and video:
-        if all(is_frame(entry) for entry in video):
-            return stack_frames(video)
-        return [fspath(entry) if isinstance(entry, PathLike) else entry for entry in video]
-    return video
-
-
-def check_question(conversation: Sequence) -> None:
-    """Check that the last thing a user says is not blank.
-
-    Args:
-        conversation: Messages, or a list of conversations.
-
-    Raises:
-        ValueError: The last user message has text, all of it blank.
-    """
-    batch = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-    for messages in batch:
-        asked = [message for message in messages if isinstance(message, Mapping) and message.get("role") == "user"]
-        content = asked[-1].get("content") if asked else None
-        texts = (
-            [content]
-            if isinstance(content, str)
-            else [block.get("text", "") for block in content or [] if block.get("type") == "text"]
-        )
-        if texts and not any(text.strip() for text in texts):
-            raise ValueError("The question is empty; write what the model shall answer into the last user message.")
 
 
 _register()
