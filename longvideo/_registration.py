@@ -1,7 +1,9 @@
 """Registers our classes with transformers when transformers' own Auto modules are loaded, not before.
 
 Registering at once would load torch and all of transformers' modeling code on `import longvideo`. So a finder waits for
-the Auto modules; whoever touches `AutoModel` or `pipeline` gets the registration with it.
+the Auto modules; whoever touches `AutoModel` or `pipeline` gets the registration with it. Modules of ours register
+their classes at their end; what happens here is only that they are imported, and never while one of them, or a module
+of transformers that they need, is half imported.
 """
 
 import importlib
@@ -14,30 +16,23 @@ from types import ModuleType
 
 AUTO = "transformers.models.auto."
 ARCHITECTURES = ("videochat_flash",)
-
-
-def _import_once(name: str) -> None:
-    """Imports a module that registers itself; one that is being imported right now will do so at its end."""
-    if name not in sys.modules:
-        importlib.import_module(name)
+# Our modules need these; they load Auto modules on their way.
+NEEDED = ("transformers.modeling_utils", "transformers.processing_utils")
 
 
 def _register_configurations() -> None:
     for arch in ARCHITECTURES:
-        _import_once(f"longvideo.modeling.{arch}.configuration_{arch}")
+        importlib.import_module(f"longvideo.modeling.{arch}.configuration_{arch}")
 
 
 def _register_models() -> None:
     for arch in ARCHITECTURES:
-        _import_once(f"longvideo.modeling.{arch}.modeling_{arch}")
+        importlib.import_module(f"longvideo.modeling.{arch}.modeling_{arch}")
 
 
 def _register_processors() -> None:
-    auto = sys.modules.get(AUTO + "processing_auto")
-    if auto is not None and not hasattr(auto, "AutoProcessor"):
-        return  # it is being imported right now, has pulled in one of the others, and registers at its own end
     for arch in ARCHITECTURES:
-        _import_once(f"longvideo.processing.{arch}.processing_{arch}")
+        importlib.import_module(f"longvideo.processing.{arch}").register()
 
 
 def _register_pipelines() -> None:
@@ -54,11 +49,42 @@ ACTIONS: dict[str, Callable[[], None]] = {
 }
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    """Loads a module as usual and runs an action afterwards."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds watched modules through the other finders and wraps their loaders.
 
-    def __init__(self, loader: importlib.abc.Loader, action: Callable[[], None]):
-        self.loader, self.action = loader, action
+    Actions wait in `pending` until no watched module is half imported.
+    """
+
+    def __init__(self) -> None:
+        self.searching: set[str] = set()
+        self.depth = 0
+        self.pending: list[Callable[[], None]] = []
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        watched = name in ACTIONS or name in NEEDED or name.startswith("longvideo.")
+        if not watched or name in self.searching:
+            return None
+        self.searching.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching.discard(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+    def run_pending(self) -> None:
+        while self.pending and self.depth == 0:
+            self.pending.pop(0)()
+
+
+class _Loader(importlib.abc.Loader):
+    """Loads a module as usual and lets the actions that wait for it run afterwards."""
+
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder):
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -66,35 +92,21 @@ class _RegisteringLoader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         # The module shows its own loader, as without us.
         module.__loader__ = module.__spec__.loader = self.loader
-        self.loader.exec_module(module)
-        self.action()
-
-
-class _RegisteringFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules of `ACTIONS` through the other finders and wraps their loaders."""
-
-    def __init__(self) -> None:
-        self.active: set[str] = set()
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in ACTIONS or name in self.active:
-            return None
-        self.active.add(name)
+        self.finder.depth += 1
         try:
-            spec = importlib.util.find_spec(name)
+            self.loader.exec_module(module)
+            if module.__name__ in ACTIONS:
+                self.finder.pending.append(ACTIONS[module.__name__])
         finally:
-            self.active.discard(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader, ACTIONS[name])
-        return spec
+            self.finder.depth -= 1
+        self.finder.run_pending()
 
 
 def register() -> None:
     """Registers everything now where transformers' Auto modules are loaded, and later where they are not."""
-    if not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RegisteringFinder())
-    for name, action in ACTIONS.items():
-        if name in sys.modules:
-            action()
+    finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
+    if finder is None:
+        finder = _Finder()
+        sys.meta_path.insert(0, finder)
+        finder.pending.extend(action for name, action in ACTIONS.items() if name in sys.modules)
+    finder.run_pending()
