@@ -13,6 +13,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 AUTO = "transformers.models.auto."
 ARCHITECTURES = ("videochat_flash",)
@@ -85,6 +86,9 @@ class _Loader(importlib.abc.Loader):
 
     def __init__(self, loader: importlib.abc.Loader, finder: _Finder):
         self.loader, self.finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # get_code and the like, for `python -m` and importlib.resources
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
