@@ -283,6 +283,43 @@ def test_two_videos_and_an_image_in_one_prompt(processor, clip):
     assert [token for token in kinds if token in (VIDEO_ID, IMAGE_ID)] == [VIDEO_ID, IMAGE_ID, VIDEO_ID]
 
 
+def test_frame_pictures_in_a_batch_with_text_and_arrays(processor, tmp_path):
+    frames = frames_of(4)
+    for index, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{index}.png")
+    paths = [tmp_path / f"{index}.png" for index in range(4)]
+    batch = [[{"role": "user", "content": "Hello"}], messages(video=frames), messages(video=paths)]
+    inputs = ask(processor, batch)
+    assert torch.equal(inputs["pixel_values_videos"][0], inputs["pixel_values_videos"][1])
+    # A folder is sampled like a file, one picture per second.
+    folder = ask(processor, messages(path=tmp_path))
+    assert torch.equal(folder["pixel_values_videos"][0], inputs["pixel_values_videos"][0])
+    with pytest.raises(ValueError, match="Sampling frames from a list of images is not supported"):
+        ask(processor, messages(video=paths), do_sample_frames=True)
+
+
+def test_prompts_and_videos_without_template(processor, clip):
+    inputs = processor(text=["<|video_pad|>Why?", "<|video_pad|>Who?"], videos=[clip, frames_of(12)], padding=True)
+    assert len(inputs["pixel_values_videos"]) == 2
+    assert [row.count(VIDEO_ID) for row in inputs["input_ids"]] == [48, 48]
+    assert "video_metadata" not in inputs
+
+
+def test_decoder_settings_are_passed_on(processor, clip):
+    expected = ask(processor, messages(path=clip))["pixel_values_videos"]
+    chosen = ask(processor, messages(path=clip), video_backend="pyav", num_threads=1, progress=False)
+    assert torch.equal(chosen["pixel_values_videos"], expected)
+    with pytest.raises(ValueError, match="Unknown video backend 'vhs'"):
+        ask(processor, messages(path=clip), video_backend="vhs")
+
+
+def test_options_beside_processor_kwargs(processor, clip):
+    inputs = processor.apply_chat_template(
+        messages(path=clip), tokenize=True, return_dict=True, num_frames=8, processor_kwargs={"return_tensors": "pt"}
+    )
+    assert inputs["pixel_values_videos"].shape == (1, 8, 3, SIDE, SIDE)
+
+
 def test_messages_are_not_changed(processor, clip):
     conversation = messages(path=clip, nframes=4)
     ask(processor, conversation)
@@ -341,7 +378,11 @@ def test_several_images_of_a_sample_are_padded_to_squares(processor):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-def test_pictures_of_other_modes(mode):
+def test_pictures_of_other_modes(processor, mode):
+    frames = [Image.fromarray(frame).convert(mode) for frame in frames_of(4)]
+    expected = ask(processor, messages(video=np.stack([np.asarray(frame.convert("RGB")) for frame in frames])))
+    inputs = ask(processor, messages(video=frames))
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
     picture = Image.fromarray(frames_of(1, SIDE, SIDE)[0]).convert(mode)
     image_processor = VideoChatFlashImageProcessor(size={"height": SIDE, "width": SIDE}, image_aspect_ratio="square")
     expected = image_processor([np.asarray(picture.convert("RGB"))], return_tensors="pt")["pixel_values"]
