@@ -170,24 +170,31 @@ def _from_hub(auto_class: Any, source: str, kwargs: dict[str, Any]) -> Any:
 
 
 def _load_weights(auto_class: Any, source: str, dtype: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from transformers.utils import logging
+
+    # The library prints a table about weights that do not fit; the same is raised below in one sentence.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        return auto_class.from_pretrained(source, dtype=dtype, output_loading_info=True, **kwargs)
-    except RuntimeError as error:
-        if "ismatch" not in str(error) and "size" not in str(error):
-            raise
-        raise ValueError(
-            f"The weights of '{source}' do not have the shapes its config.json asks for. {_first_line(error)}"
-        ) from error
+        return auto_class.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _check_report(source: str, report: dict[str, Any]) -> None:
-    problems = [(kind, sorted(map(str, report.get(kind) or ()))) for kind in ("missing_keys", "mismatched_keys")]
-    for kind, names in problems:
+    missing = sorted(report.get("missing_keys") or ())
+    shapes = [
+        f"{name} is {tuple(found)} instead of {tuple(wanted)}"
+        for name, found, wanted in sorted(report.get("mismatched_keys") or ())
+    ]
+    for names, what in ((missing, "missing"), (shapes, "of another shape")):
         if names:
             raise ValueError(
-                f"The weights of '{source}' do not fit its config.json: {len(names)} {kind.replace('_', ' ')}, "
-                f"for example {', '.join(names[:3])}. The model would answer from random numbers; "
-                "convert or download the checkpoint again."
+                f"The weights of '{source}' do not fit its config.json: {len(names)} {what}, for example "
+                f"{', '.join(names[:3])}. The model would answer from random numbers; convert or download the "
+                "checkpoint again."
             )
 
 

@@ -1,0 +1,243 @@
+"""Wrong inputs from the command line and the pipeline: one clear line, exit code 2, never a trace of internals."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longvideo import cli
+from longvideo.pipelines import check_checkpoint, load_pipeline
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.videos import make_sound, make_video
+
+QUESTION = "What happens?"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    tiny_videochat_flash_model().save_pretrained(folder)
+    tiny_videochat_flash_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "sharded"
+    tiny_videochat_flash_model().save_pretrained(folder, max_shard_size="100KB")
+    tiny_videochat_flash_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    return make_video(tmp_path_factory.mktemp("video") / "clip.mp4", num_frames=48)
+
+
+@pytest.fixture
+def fail(good, video, capsys):
+    """Run `longvideo ask` with something wrong in it; return the one line it prints."""
+
+    def call(*words, video=video, question=QUESTION, model=good):
+        code = cli.main(["ask", str(video), question, "--model", str(model), "--device", "cpu", *words])
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, ""), err
+        assert "Traceback" not in err and "site-packages" not in err
+        lines = [line for line in err.splitlines() if line.startswith("longvideo ask: error: ")]
+        assert len(lines) == 1, err
+        return lines[0]
+
+    return call
+
+
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_no_such_video(fail):
+    line = fail(video="missing.mp4")
+    assert "No such video file: 'missing.mp4'" in line and "existing file" in line
+
+
+def test_directory_in_place_of_a_video(fail, tmp_path):
+    assert str(tmp_path) in fail(video=tmp_path)
+
+
+def test_empty_file(fail, tmp_path):
+    path = tmp_path / "empty.mp4"
+    path.touch()
+    assert "is empty (0 bytes)" in fail(video=path)
+
+
+def test_text_file_in_place_of_a_video(fail, tmp_path):
+    path = tmp_path / "notes.mp4"
+    path.write_text("no video at all")
+    assert "notes.mp4" in fail(video=path)
+
+
+def test_truncated_video(fail, video, tmp_path):
+    path = tmp_path / "cut.mp4"
+    path.write_bytes(video.read_bytes()[:600])
+    assert "cut.mp4" in fail(video=path)
+
+
+def test_sound_only(fail, tmp_path):
+    line = fail(video=make_sound(tmp_path / "song.mp4"))
+    assert "song.mp4" in line and "video" in line
+
+
+@pytest.mark.parametrize("question", ["", "   ", "\n"])
+def test_empty_question(fail, question):
+    assert "The question is empty" in fail(question=question)
+
+
+def test_window_outside_the_video(fail):
+    # The clip lasts 6 s.
+    line = fail("--start", "60", "--end", "70")
+    assert "60" in line and "6" in line
+
+
+def test_too_many_tokens(fail):
+    # 2048 positions; the prompt itself fits.
+    line = fail("--max-new-tokens", "2000", "--num-frames", "8")
+    assert "at most 2048" in line and "2000" in line
+    assert "num_frames=" in line or "lower max_new_tokens" in line
+
+
+def test_unknown_model(fail):
+    line = fail(model="no-such-name/no-such-model")
+    assert "no-such-name/no-such-model" in line and "neither a folder here nor" in line
+
+
+def test_no_such_model_folder(fail, tmp_path):
+    assert "No such model folder" in fail(model=tmp_path / "nothing")
+
+
+def test_file_in_place_of_a_model(fail, video):
+    assert "is a file; a model is a folder" in fail(model=video)
+
+
+def test_folder_without_config(fail, tmp_path):
+    assert "has no config.json" in fail(model=tmp_path)
+
+
+def test_broken_config(fail, good, tmp_path):
+    folder = copy(good, tmp_path)
+    (folder / "config.json").write_text("{")
+    assert "is not valid JSON" in fail(model=folder)
+
+
+def test_another_architecture(fail, good, tmp_path):
+    folder = copy(good, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
+    line = fail(model=folder)
+    assert "'llava'" in line and "videochat_flash" in line
+
+
+def test_original_checkpoint_points_to_convert(fail, good, tmp_path):
+    folder = copy(good, tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "videochat_flash_qwen"}))
+    assert "longvideo convert" in fail(model=folder)
+
+
+def test_no_processor(fail, good, tmp_path):
+    folder = copy(good, tmp_path)
+    (folder / "processor_config.json").unlink()
+    assert "has no processor_config.json" in fail(model=folder)
+
+
+def test_no_weights(fail, good, tmp_path):
+    folder = copy(good, tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in fail(model=folder)
+
+
+def test_missing_shard(fail, sharded, tmp_path):
+    folder = copy(sharded, tmp_path)
+    check_checkpoint(folder)
+    gone = sorted(folder.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    line = fail(model=folder)
+    assert gone.name in line and "lacks 1 of" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", None])
+def test_weights_that_are_no_safetensors(fail, good, tmp_path, content):
+    folder = copy(good, tmp_path)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100] if content is None else content)
+    assert "model.safetensors' is not a readable safetensors file" in fail(model=folder)
+
+
+def test_missing_weight(fail, good, tmp_path):
+    name = "model.multi_modal_projector.linear_1.weight"
+    folder = change_weights(copy(good, tmp_path), lambda weights: weights.pop(name))
+    line = fail(model=folder)
+    assert name in line and "1 missing, for example" in line
+
+
+def test_weight_of_another_shape(fail, good, tmp_path):
+    name = "model.multi_modal_projector.linear_1.weight"
+
+    def widen(weights):
+        weights[name] = torch.zeros(32, 33)
+
+    line = fail(model=change_weights(copy(good, tmp_path), widen))
+    assert f"1 of another shape, for example {name} is (32, 33) instead of (32, 32)" in line
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.language_model.layers.2.mlp.up_proj.weight",
+        "model.vision_tower.blocks.1.mlp.fc1.weight",
+        "lm_head.weight",
+    ],
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_numbers_name_the_layer(fail, good, tmp_path, name, value):
+    def spoil(weights):
+        weights[name].view(-1)[7] = value
+
+    line = fail(model=change_weights(copy(good, tmp_path), spoil))
+    assert name in line and "NaN or infinite" in line
+    assert "layers.1." not in line
+
+
+def test_overflow_without_broken_weights_points_to_the_dtype(good, video):
+    pipe = load_pipeline(good, device="cpu")
+    with torch.no_grad():
+        pipe.model.lm_head.weight.mul_(1e38)
+        pipe.model.model.language_model.norm.weight.mul_(1e5)
+    with pytest.raises(ValueError, match="all its weights are finite"):
+        pipe(str(video), QUESTION, max_new_tokens=2)
+
+
+def test_pipeline_calls_without_sense(good, video):
+    pipe = load_pipeline(good, device="cpu")
+    path = str(video)
+    for call, text in (
+        (lambda: pipe(), "Nothing to ask about"),
+        (lambda: pipe(path), "no question was given"),
+        (lambda: pipe(path, 3), "got int"),
+        (lambda: pipe([path, path], ["a", "b", "c"]), "2 videos were given with 3 questions"),
+        (lambda: pipe(path, QUESTION, image=path), "Both video= and image="),
+        (lambda: pipe([]), "An empty list"),
+        (lambda: pipe(3, QUESTION), "A int cannot be used as video"),
+        (lambda: pipe({"question": QUESTION}), "exactly one of the keys"),
+        (lambda: pipe([path, path]), "no question was given"),
+        (lambda: pipe([{"role": "user", "content": [{"type": "video", "video": path}]}]), "holds no text"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            call()
