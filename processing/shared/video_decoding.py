@@ -24,6 +24,8 @@ MIN_JUMP_FRAMES = 32
 LONG_VIDEO_FRAMES = 3000
 # Keyframes to step back when jumps land too late, before the file is decoded from its begin.
 MAX_STEPS_BACK = 2
+# Codecs whose decoder may leave out frames that no other frame refers to, without changing the rest.
+CODECS_WITH_SPARE_FRAMES = frozenset({"h264", "mpeg4"})
 TORCHCODEC_BATCH = 16
 
 
@@ -117,12 +119,12 @@ def fill_from_pyav(
         frames[place] = resize_rgb(rgb, (height, width))
         advance(1)
 
-    done, may_jump = 0, info.pts is not None
+    done, may_skip = 0, info.pts is not None
     while done < len(wanted):
         with open_video(Path(info.path), num_threads=num_threads) as (container, stream):
-            done = walk(container, stream, info, wanted, done, keep, may_jump=may_jump)
-        # Only a jump that landed too late ends early; the second attempt decodes from the begin.
-        may_jump = False
+            done = walk(container, stream, info, wanted, done, keep, may_skip=may_skip)
+        # Ends early only where skipping went wrong; the second attempt decodes every frame from the begin.
+        may_skip = False
 
 
 def walk(
@@ -133,7 +135,7 @@ def walk(
     done: int,
     keep: Callable[[int, "av.VideoFrame"], None],
     *,
-    may_jump: bool,
+    may_skip: bool,
 ) -> int:
     """Go through an open video once and keep the wanted frames.
 
@@ -144,24 +146,25 @@ def walk(
         wanted: (F,) int64 ascending distinct frame indices in the source.
         done: Number of wanted frames that are kept already.
         keep: Called with the place in `wanted` and the decoded frame.
-        may_jump: Whether to jump to keyframes.
+        may_skip: Whether to jump to keyframes and to leave out frames that no other frame needs.
 
     Returns:
-        The number of wanted frames kept now; below F only when a jump landed behind its target.
+        The number of wanted frames kept now; below F only when skipping lost a wanted frame.
 
     Raises:
         ValueError: Nothing can be decoded.
     """
     targets = wanted if info.pts is None else info.pts[wanted]
+    needed = frozenset(targets[done:].tolist()) if may_skip and info.codec in CODECS_WITH_SPARE_FRAMES else None
     position, count, last, earlier = 0, 0, None, 0
     while done < len(wanted):
         key = keyframe_before(info, wanted[done])
-        jumped = may_jump and key - position >= MIN_JUMP_FRAMES
+        jumped = may_skip and key - position >= MIN_JUMP_FRAMES
         if jumped:
             for _ in range(earlier):
                 key = keyframe_before(info, key - 1)
             container.seek(int(info.pts[key]), stream=stream, backward=True)
-        for frame in decode_frames(container, stream):
+        for frame in decode_frames(container, stream, needed):
             stamp = frame.pts if info.pts is not None and frame.pts is not None else count
             count += 1
             if jumped and stamp > targets[done]:
@@ -170,13 +173,15 @@ def walk(
                 break
             jumped, last, before = False, frame, done
             while done < len(wanted) and stamp >= targets[done]:
+                if needed is not None and stamp != targets[done]:
+                    return done
                 keep(done, frame)
                 done += 1
             if done == len(wanted):
                 return done
             if done > before:
                 position = int(wanted[done - 1]) + 1
-                if may_jump and keyframe_before(info, wanted[done]) - position >= MIN_JUMP_FRAMES:
+                if may_skip and keyframe_before(info, wanted[done]) - position >= MIN_JUMP_FRAMES:
                     break
         else:
             if not jumped:

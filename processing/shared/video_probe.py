@@ -230,17 +230,28 @@ def first_frame(path: Path) -> tuple["av.VideoFrame | None", int, tuple[str, str
     return None, 0, ("", "")
 
 
-def decode_frames(container: "av.container.InputContainer", stream: "av.video.stream.VideoStream") -> Iterator:
+def decode_frames(
+    container: "av.container.InputContainer",
+    stream: "av.video.stream.VideoStream",
+    needed: frozenset[int] | None = None,
+) -> Iterator:
     """Decode frame by frame in display order, leaving out packets that the decoder refuses.
 
     Args:
         container: Open container, placed where decoding shall begin.
         stream: Its video stream.
+        needed: Presentation times (in units of the stream) of the frames that must be given. Others are left out where
+            no later frame refers to them. None gives every frame.
 
     Yields:
         `av.VideoFrame` objects.
     """
+    context, skipping = stream.codec_context, None
     for packet in readable_packets(container, stream):
+        skip = needed is not None and packet.pts is not None and packet.pts not in needed
+        if skip != skipping:
+            context.skip_frame = "NONREF" if skip else "DEFAULT"
+            skipping = skip
         try:
             yield from packet.decode()
         except av.error.EOFError:
