@@ -20,7 +20,7 @@ def check_placeholder_count(*, kind: str, token: str, num_placeholders: int, num
         raise ValueError(
             f"The total number of {token} tokens in the prompts should be the same as the number of {kind}s passed. "
             f"Found {num_placeholders} {token} tokens and {num_items} {kind}s. Write one {token} per {kind}, "
-            "or use apply_chat_template, which writes them."
+            f"or use apply_chat_template, which writes them; a question must not contain {token} itself."
         )
 
 

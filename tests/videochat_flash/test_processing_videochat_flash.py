@@ -13,10 +13,12 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.chat_templates import load_chat_template
+from longvideo.processing.shared.video_io import read_video
 from longvideo.processing.videochat_flash import (
     VideoChatFlashImageProcessor,
     VideoChatFlashProcessor,
     VideoChatFlashVideoProcessor,
+    video_processing_videochat_flash,
 )
 from tests.tiny import tiny_tokenizer, tiny_videochat_flash_config, tiny_videochat_flash_processor
 from tests.videos import frame_number, make_sound, make_video
@@ -334,6 +336,20 @@ def test_frames_at_size_are_not_touched():
     video_processor = VideoChatFlashVideoProcessor(size={"height": SIDE, "width": SIDE}, do_normalize=False)
     pixels = video_processor(frames, return_tensors="pt")["pixel_values_videos"][0]
     assert torch.equal((pixels * 255).round().byte(), torch.from_numpy(frames).permute(0, 3, 1, 2))
+
+
+def test_frames_of_files_are_resized_while_reading(processor, clip, monkeypatch):
+    sizes = []
+
+    def spy(source, **kwargs):
+        sizes.append(kwargs["size"])
+        return read_video(source, **kwargs)
+
+    monkeypatch.setattr(video_processing_videochat_flash, "read_video", spy)
+    ask(processor, messages(path=clip))
+    ask(processor, messages(path=clip), resample=2)
+    # Only the filter that the reader has may be applied there.
+    assert sizes == [(SIDE, SIDE), None]
 
 
 def test_float_frames_and_other_sizes():
