@@ -54,7 +54,7 @@ ORIGINAL_FOLDER = "original"
 DROPPED_FILE = "dropped.safetensors"
 SMALL_FILE_SUFFIXES = {".json", ".txt", ".jinja", ".md", ".model", ".tiktoken"}
 MAX_SMALL_FILE_BYTES = 64_000_000
-NAN_CHECK_VALUES = 1 << 22
+NAN_CHECK_VALUES = 1 << 20
 CONVERSIONS: dict[str, "ArchitectureConversion"] = {}
 
 Decorate = Callable[[Path, dict[str, Any]], None]

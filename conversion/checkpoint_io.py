@@ -371,9 +371,12 @@ def write_safetensors(path: Path, infos: list[TensorInfo], tensors: Iterator[tor
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as handle:
         handle.write(len(encoded).to_bytes(8, "little") + encoded)
-        for info, tensor in zip(infos, tensors, strict=True):
+        for info in infos:
+            tensor = next(tensors)
             assert tuple(tensor.shape) == info.shape and DTYPE_CODES[tensor.dtype] == info.dtype
             handle.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            # Otherwise this tensor would still be in memory while the next one is read.
+            del tensor
         handle.flush()
         os.fsync(handle.fileno())
 

@@ -91,7 +91,6 @@ def require_space(parent: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OSError(
-            errno.ENOSPC,
             f"the output needs {num_bytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; free some space or "
-            "give another destination",
+            "give another destination."
         )
