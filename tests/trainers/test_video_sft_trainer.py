@@ -295,15 +295,30 @@ def test_evaluation_loss_and_predictions_with_dropout(make_trainer):
     assert text == [f"{name}<|im_end|>" for name in list(COLOURS)[:3]]
 
 
+def test_saved_model_answers_like_the_trained_one(make_trainer, tmp_path):
+    trainer = make_trainer(toy_rows(4), learning_rate=1e-2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = type(trainer.model).from_pretrained(tmp_path / "saved").eval()
+    batch = trainer.data_collator(toy_rows(2))
+    batch.pop("labels")
+    outputs = loaded(**batch)
+    assert torch.equal(outputs.logits, trainer.model.eval()(**batch).logits)
+    assert outputs.past_key_values is not None
+    assert (tmp_path / "saved" / "chat_template.jinja").is_file()
+
+
 def test_throughput_counts_frames_and_visual_tokens(make_trainer, monkeypatch):
-    trainer = make_trainer([colour_row("red", num_frames=4), colour_row("blue", num_frames=8)])
+    trainer = make_trainer([colour_row("red", num_frames=4), colour_row("blue", num_frames=8)], max_steps=2)
     clock = iter(range(0, 1000, 3))
     monkeypatch.setattr("longvideo.trainers.sft_trainer.time.perf_counter", lambda: next(clock))
     trainer.train()
-    entry = trainer.state.log_history[0]
-    # 12 frames of 4 tokens each; the patched clock advances 3 s from one reading to the next.
-    assert entry["frames_per_second"] == pytest.approx(12 / 3)
-    assert entry["visual_tokens_per_second"] == pytest.approx(12 * 4 / 3)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        # 12 frames of 4 tokens each; the patched clock advances 3 s from one reading to the next.
+        assert entry["frames_per_second"] == pytest.approx(12 / 3)
+        assert entry["visual_tokens_per_second"] == pytest.approx(12 * 4 / 3)
 
 
 def test_trainer_guards_batches_of_foreign_collators(make_trainer):
