@@ -1,0 +1,97 @@
+"""Sizes of the published VideoChat-Flash checkpoints, for estimates and for tests that need no download.
+
+Source: VideoChat-Flash model repositories of OpenGVLab; tensors and values as counted in the original classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
+
+QWEN2_7B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}
+QWEN2_5_1_5B = {
+    **QWEN2_7B,
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+}
+UMT_224 = {"model_type": "umt_vision_model", "image_size": 224}
+UMT_448 = {"model_type": "umt_vision_model", "image_size": 448}
+INTERNVIDEO2 = {"model_type": "internvideo2_vision_model"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One published size.
+
+    Attributes:
+        repositories: Hub repositories of this size.
+        vision: Arguments of the tower's configuration.
+        text: Arguments of the decoder's configuration.
+        num_tensors: Tensors of the original checkpoint.
+        num_values: Values of the original checkpoint.
+    """
+
+    repositories: tuple[str, ...]
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    num_tensors: int
+    num_values: int
+
+    def config(self, **kwargs: Any) -> VideoChatFlashConfig:
+        """Build the model configuration.
+
+        Args:
+            **kwargs: Further arguments of `VideoChatFlashConfig`.
+
+        Returns:
+            The configuration of this size.
+        """
+        return VideoChatFlashConfig(vision_config=dict(self.vision), text_config=dict(self.text), **kwargs)
+
+
+PRESETS = {
+    "videochat_flash-7b-448": Preset(
+        ("OpenGVLab/VideoChat-Flash-Qwen2-7B_res448",), UMT_448, QWEN2_7B, 646, 7_922_617_856
+    ),
+    "videochat_flash-7b-224": Preset(
+        ("OpenGVLab/VideoChat-Flash-Qwen2-7B_res224", "OpenGVLab/VideoChat-Flash-Qwen2_5-7B-1M_res224"),
+        UMT_224,
+        QWEN2_7B,
+        646,
+        7_922_617_856,
+    ),
+    "videochat_flash-2b-448": Preset(
+        ("OpenGVLab/VideoChat-Flash-Qwen2_5-2B_res448",), UMT_448, QWEN2_5_1_5B, 646, 2_071_502_336
+    ),
+    "videochat_flash-internvideo2": Preset(
+        ("OpenGVLab/VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B",), INTERNVIDEO2, QWEN2_7B, 855, 8_620_852_736
+    ),
+}
+
+
+def find_preset(name: str) -> Preset | None:
+    """Look a size up by its short name or by the name of its repository.
+
+    Args:
+        name: Short name, or Hub id of a published checkpoint.
+
+    Returns:
+        The preset, or None.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    return next((preset for preset in PRESETS.values() if name in preset.repositories), None)
