@@ -12,6 +12,7 @@ from longvideo.evaluation.corpus import Question, Scene, make_questions, make_sc
 
 KINDS = ("colour", "direction", "needle", "order", "shape", "count", "at_time", "when")
 NUM_QUESTIONS = 3
+MAX_NEW_TOKENS = 32
 DEFAULT_QUESTION = "What happens in the video?"
 WIDTH = 78
 
@@ -103,7 +104,7 @@ def ask(pipe: Any, video: Path, question: str, *, truth: str | None = None, kind
         Question, answer and what it took; the pipeline's `kept_tokens` stay in `token_counts["kept"]` when asked for.
     """
     begin = time.perf_counter()
-    result = pipe(str(video), question, return_token_counts=True, **call)
+    result = pipe(str(video), question, max_new_tokens=MAX_NEW_TOKENS, return_token_counts=True, **call)
     counts = dict(result["token_counts"])
     if "kept_tokens" in result:
         counts["kept"] = result["kept_tokens"]

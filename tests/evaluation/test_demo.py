@@ -1,0 +1,71 @@
+"""The demonstration: three kinds of questions, the table, the picture, and a video of the user's own."""
+
+import pytest
+from PIL import Image
+
+from longvideo.evaluation import demo
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.videos import make_video
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_videochat_flash_model().save_pretrained(folder)
+    tiny_videochat_flash_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_three_kinds_about_a_rendered_video(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
+    assert demo.main(["--model", checkpoint, "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    _, questions = demo.pick_scene(7)
+    for question in questions:
+        assert f"[{question.kind}]" in out and question.answer in out
+    assert out.count("Question ") == 4 and out.count("Truth ") == 4 and "after layer" in out
+    picture = out.strip().splitlines()[-1].split(": ")[1]
+    assert Image.open(picture).width > 500
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 1
+
+
+def test_video_and_question_of_the_user(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
+    video = make_video(tmp_path / "clip.mp4", num_frames=24)
+    words = ["--model", checkpoint, "--out", str(tmp_path / "out"), "--video", str(video)]
+    assert demo.main([*words, "--question", "How many?"]) == 0
+    out = capsys.readouterr().out
+    assert "How many?" in out and "Truth" not in out
+    assert demo.main(words) == 0
+    assert demo.DEFAULT_QUESTION in capsys.readouterr().out
+
+
+def test_wrong_input_is_one_line(checkpoint, tmp_path, capsys):
+    assert demo.main(["--model", checkpoint, "--out", str(tmp_path), "--video", "missing.mp4"]) == 2
+    assert "demo: error: No such video file: 'missing.mp4'" in capsys.readouterr().err
+    assert demo.main(["--question", "How many?"]) == 2
+    assert "--question needs --video" in capsys.readouterr().err
+
+
+def test_scenes_offer_three_kinds_and_change_with_the_seed():
+    chosen = [tuple(question.kind for question in demo.pick_scene(seed)[1]) for seed in range(12)]
+    assert all(len(set(kinds)) == 3 for kinds in chosen)
+    assert len(set(chosen)) > 3
+    assert len({kind for kinds in chosen for kind in kinds}) >= 6
+
+
+@pytest.mark.parametrize(("num_layers", "layers"), [(28, [4, 18]), (8, [1, 5]), (4, [1, 3]), (2, [1])])
+def test_dropout_is_spread_over_the_depth(num_layers, layers):
+    plan = demo.spread_dropout(num_layers)
+    assert plan["layers"] == layers and len(plan["ratios"]) == len(layers) + 1
+
+
+def test_right_and_wrong_are_told_apart():
+    counts = {"patch_tokens": 64, "visual_tokens": 16, "after_stages": [], "frames": 4}
+    rows = [
+        demo.Asked("q", "Red.", "red", "colour", 1.0, counts),
+        demo.Asked("q", "blue", "red", "colour", 1.0, counts),
+    ]
+    text = demo.format_asked(rows)
+    assert text.count("(right)") == 1 and text.count("(wrong)") == 1
+    assert max(len(line) for line in text.splitlines()) <= demo.WIDTH
