@@ -260,7 +260,8 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
             check_limits(least, largest)
             return least, largest
         if least is not None:
-            return least, self.max_frames and max(self.max_frames, least)
+            # The rule of one frame per second lets the least number win over the largest.
+            return least, self.max_frames
         largest = self.max_frames if largest is None else largest
         return min(self.min_frames, largest) if largest > 0 else self.min_frames, largest
 
