@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from transformers.video_utils import VideoMetadata
 
-from longvideo.processing.shared.frame_sampling import check_window, clip_range
+from longvideo.processing.shared.frame_sampling import check_rate, check_window, clip_range
 from longvideo.processing.shared.video_decoding import decode_wanted
 from longvideo.processing.shared.video_probe import VideoInfo, probe_video
 from longvideo.processing.shared.video_sources import (
@@ -23,7 +23,7 @@ from longvideo.processing.shared.video_sources import (
     read_picture,
 )
 
-__all__ = ["SourceVideoMetadata", "VideoInfo", "probe_video", "read_video"]
+__all__ = ["SourceVideoMetadata", "VideoInfo", "describe_video", "probe_video", "read_video"]
 
 BACKENDS = ("auto", "pyav", "torchcodec")
 SampleIndices = Callable[[VideoMetadata], Sequence[int] | np.ndarray]
@@ -118,13 +118,9 @@ def read_video(
             )
     pictures = frame_pictures(source)
     if pictures is not None:
-        rate = fps if fps is not None else (3.0 if "tvqa" in str(pictures[0]) else 1.0)
+        rate = picture_rate(pictures, fps)
         return read_pictures(pictures, sample_indices_fn=sample_indices_fn, size=size, start=start, end=end, fps=rate)
-    info = probe_video(source)
-    if fps is not None:
-        if not info.path.lower().endswith(".gif"):
-            raise ValueError(f"fps={fps} was given for {info.path}, which states its own times; leave fps out.")
-        info.fps, info.duration = float(fps), info.num_frames / fps
+    info = file_info(source, fps)
     metadata, first = cut_metadata(info, start=start, end=end)
     wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
     unique, inverse = np.unique(wanted, return_inverse=True)
@@ -189,23 +185,7 @@ def read_pictures(
     Raises:
         ValueError: Pictures of different sizes without `size`, or wrong indices.
     """
-    opening = read_picture(pictures[0], None)
-    count = len(pictures)
-    info = VideoInfo(
-        path=str(pictures[0].parent),
-        num_frames=count,
-        fps=float(fps),
-        duration=count / fps,
-        width=opening.shape[1],
-        height=opening.shape[0],
-        rotation=0,
-        codec="pictures",
-        pix_fmt="rgb24",
-        is_variable_frame_rate=False,
-        pts=None,
-        time_base=1.0,
-        keyframes=np.arange(count),
-    )
+    info = pictures_info(pictures, fps)
     metadata, first = cut_metadata(info, start=start, end=end)
     wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
     unique, inverse = np.unique(wanted, return_inverse=True)
@@ -217,6 +197,104 @@ def read_pictures(
     metadata.frames_indices = wanted.tolist()
     metadata.frame_times = info.frame_times[wanted].tolist()
     return np.stack(kept)[inverse], metadata
+
+
+def pictures_info(pictures: list[Path], fps: float) -> VideoInfo:
+    """Describe pictures that stand for frames as a video.
+
+    Args:
+        pictures: Picture paths in order of time; the first is read.
+        fps: Frames per second of source time.
+
+    Returns:
+        The facts of the video.
+
+    Raises:
+        ValueError: The rate is not positive.
+    """
+    rate = check_rate(fps)
+    opening = read_picture(pictures[0], None)
+    count = len(pictures)
+    return VideoInfo(
+        path=str(pictures[0].parent),
+        num_frames=count,
+        fps=rate,
+        duration=count / rate,
+        width=opening.shape[1],
+        height=opening.shape[0],
+        rotation=0,
+        codec="pictures",
+        pix_fmt="rgb24",
+        is_variable_frame_rate=False,
+        pts=None,
+        time_base=1.0,
+        keyframes=np.arange(count),
+    )
+
+
+def describe_video(
+    source: VideoSource, *, start: float | None = None, end: float | None = None, fps: float | None = None
+) -> SourceVideoMetadata:
+    """Describe a video as `read_video` would, without decoding it.
+
+    Args:
+        source: As in `read_video`.
+        start: As in `read_video`.
+        end: As in `read_video`.
+        fps: As in `read_video`.
+
+    Returns:
+        Metadata without frame indices.
+
+    Raises:
+        FileNotFoundError: No such file.
+        OSError: A download failed.
+        ValueError: The source cannot be read as a video, or the window is outside of it.
+    """
+    if is_remote(source):
+        with downloaded(source) as file:
+            return describe_video(file, start=start, end=end, fps=fps)
+    pictures = frame_pictures(source)
+    info = file_info(source, fps) if pictures is None else pictures_info(pictures, picture_rate(pictures, fps))
+    return cut_metadata(info, start=start, end=end)[0]
+
+
+def picture_rate(pictures: list[Path], fps: float | None) -> float:
+    """Settle the rate of pictures that stand for frames.
+
+    Args:
+        pictures: Picture paths.
+        fps: The caller's wish or None.
+
+    Returns:
+        Frames per second: the wish, otherwise 1, or 3 for the TVQA frames that benchmarks ship as pictures.
+
+    Source: VideoChat-Flash frame folders.
+    """
+    if fps is not None:
+        return fps
+    return 3.0 if "tvqa" in str(pictures[0]) else 1.0
+
+
+def file_info(source: str | Path, fps: float | None) -> VideoInfo:
+    """Probe a video file and settle its rate.
+
+    Args:
+        source: Local file.
+        fps: The caller's wish for a gif, or None.
+
+    Returns:
+        The facts of the video.
+
+    Raises:
+        ValueError: A rate was given for a file that states its own times.
+    """
+    info = probe_video(source)
+    if fps is not None:
+        if not info.path.lower().endswith(".gif"):
+            raise ValueError(f"fps={fps} was given for {info.path}, which states its own times; leave fps out.")
+        info.fps, info.duration = check_rate(fps), info.num_frames / check_rate(fps)
+    return info
 
 
 def cut_metadata(info: VideoInfo, *, start: float | None, end: float | None) -> tuple[SourceVideoMetadata, int]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from longvideo.processing.shared import video_decoding
 from longvideo.processing.shared.frame_sampling import dynamic_fps1_indices, num_frames_indices
-from longvideo.processing.shared.video_io import probe_video, read_video
+from longvideo.processing.shared.video_io import describe_video, probe_video, read_video
 from tests.videos import frame_number, make_frame_folder, make_gif, make_sound, make_video, numbered_frame
 
 read_with_pyav = functools.partial(read_video, backend="pyav")
@@ -218,6 +218,17 @@ def test_windows_of_time(tmp_path: Path) -> None:
         read_with_pyav(path, sample_indices_fn=every, start=4.0, end=3.0)
     with pytest.raises(ValueError, match=r"beyond the end of the video, which lasts 10\.00 s"):
         read_with_pyav(path, sample_indices_fn=every, start=11.0)
+
+
+def test_description_equals_what_reading_says(tmp_path: Path) -> None:
+    path, folder = make_video(tmp_path / "a.mp4", 80, 8), make_frame_folder(tmp_path / "frames", 12)
+    for source, window in ((path, {"start": 2.0, "end": 4.0}), (str(path), {}), (folder, {"fps": 2.0})):
+        described = describe_video(source, **window)
+        _, read = read_with_pyav(source, sample_indices_fn=lambda metadata: [0], **window)
+        for name in ("total_num_frames", "fps", "duration", "width", "height", "source_num_frames"):
+            assert getattr(described, name) == getattr(read, name), name
+    with pytest.raises(ValueError, match="frame rate"):
+        describe_video(folder, fps=0)
 
 
 def test_one_frame_and_more_frames_than_exist(tmp_path: Path) -> None:
