@@ -17,8 +17,6 @@ from typing import Any
 
 AUTO = "transformers.models.auto."
 ARCHITECTURES = ("videochat_flash",)
-# Our modules need these; they load Auto modules on their way.
-NEEDED = ("transformers.modeling_utils", "transformers.processing_utils")
 
 
 def _register_configurations() -> None:
@@ -51,9 +49,9 @@ ACTIONS: dict[str, Callable[[], None]] = {
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds watched modules through the other finders and wraps their loaders.
+    """Finds modules of transformers and ours through the other finders and wraps their loaders.
 
-    Actions wait in `pending` until no watched module is half imported.
+    Actions wait in `pending` until none of them is half imported.
     """
 
     def __init__(self) -> None:
@@ -64,7 +62,8 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        watched = name in ACTIONS or name in NEEDED or name.startswith("longvideo.")
+        # All of transformers: any of its modules may load an Auto module on its way, and ours may need just that one.
+        watched = name.startswith(("longvideo.", "transformers."))
         if not watched or name in self.searching:
             return None
         self.searching.add(name)

@@ -78,6 +78,15 @@ def test_registration_works_in_both_orders_of_import(order: str) -> None:
     assert _python(code).strip() == "longvideo.modeling.videochat_flash.configuration_videochat_flash"
 
 
+def test_auto_modules_are_loaded_once() -> None:
+    """A file of transformers may load an Auto module on its way; registering right there would need that file whole."""
+    code = "import longvideo, transformers; transformers.Qwen2Config, transformers.Qwen2Model\n"
+    code += "from transformers.models.auto import modeling_auto as auto\n"
+    code += "known = [config.model_type for config in auto.MODEL_MAPPING._extra_content]\n"
+    code += "print(transformers.AutoModel is auto.AutoModel, 'videochat_flash' in known)"
+    assert _python(code).strip() == "True True"
+
+
 FIRST_IMPORTS = """
 import os, sys, torch, torchvision, longvideo
 failed = []
