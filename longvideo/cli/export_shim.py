@@ -108,7 +108,8 @@ def registered_classes(model_type: str | None) -> Iterator[tuple[str, type]]:
 
     import longvideo  # noqa: F401 (registers the architectures)
 
-    config_class = CONFIG_MAPPING.get(model_type, None)
+    # The mapping's get looks into an empty dict: only [] knows registered and lazily imported classes.
+    config_class = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401
     if config_class is None or not config_class.__module__.startswith("longvideo."):
         raise ValueError(
             f"the model type {model_type!r} is not one of this package; a thin file would have nothing to import."

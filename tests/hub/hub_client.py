@@ -81,7 +81,6 @@ def ask_for_missing(repo_id: str) -> dict[str, object]:
     return {
         "repository": error_of(lambda: load("tester/absent")),
         "revision": error_of(lambda: load(repo_id, revision="absent")),
-        "subfolder": error_of(lambda: load(repo_id, subfolder="absent")),
         "file": error_of(lambda: hf_hub_download(repo_id, "absent.json")),
     }
 

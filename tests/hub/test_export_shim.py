@@ -12,25 +12,12 @@ from longvideo.cli import main
 from longvideo.cli.export_shim import SHIM_NAME, export_shim
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 
-CLIENT = """
-import json, os, sys
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoVideoProcessor
-folder, again = sys.argv[1:]
-loaded = {
-    cls.__name__: cls.from_pretrained(folder, trust_remote_code=True)
-    for cls in (AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoVideoProcessor)
-}
-loaded["AutoModelForImageTextToText"].save_pretrained(again)
-loaded["AutoProcessor"].save_pretrained(again)
-modules = {name: f"{type(value).__module__}.{type(value).__name__}" for name, value in loaded.items()}
-print(json.dumps({"classes": modules, "saved": sorted(os.listdir(again))}))
-"""
 
-
-def run_python(code: str, *args: object, cache: Path) -> subprocess.CompletedProcess:
+def run_python(*args: object, cache: Path) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own, with a fresh cache for modules out of checkpoints."""
     root = Path(__file__).resolve().parents[2]
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
+        [sys.executable, *map(str, args)],
         env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -67,10 +54,17 @@ def test_files(folder: Path) -> None:
     assert not list(folder.glob("*.partial"))
 
 
-def test_loads_with_trust_and_saves_without_code(folder: Path, tmp_path: Path) -> None:
-    result = run_python(CLIENT, folder, tmp_path / "again", cache=tmp_path / "cache")
+@pytest.fixture(scope="module")
+def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What `shim_client.py` saw."""
+    client = Path(__file__).with_name("shim_client.py")
+    again = tmp_path_factory.mktemp("again")
+    result = run_python(client, folder, again, cache=tmp_path_factory.mktemp("cache"))
     assert result.returncode == 0, result.stderr[-3000:]
-    loaded = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_loads_the_classes_of_the_package(loaded: dict) -> None:
     modeling, processing = "longvideo.modeling.videochat_flash", "longvideo.processing.videochat_flash"
     assert loaded["classes"] == {
         "AutoConfig": f"{modeling}.configuration_videochat_flash.VideoChatFlashConfig",
@@ -78,30 +72,26 @@ def test_loads_with_trust_and_saves_without_code(folder: Path, tmp_path: Path) -
         "AutoProcessor": f"{processing}.processing_videochat_flash.VideoChatFlashProcessor",
         "AutoVideoProcessor": f"{processing}.video_processing_videochat_flash.VideoChatFlashVideoProcessor",
     }
-    assert not [name for name in loaded["saved"] if name.endswith(".py")], (
-        "no source file is copied beside new weights"
-    )
 
 
-def test_without_trust(folder: Path, tmp_path: Path) -> None:
-    code = "import sys; from transformers import AutoConfig; "
-    code += "AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=False)"
-    result = run_python(code, folder, cache=tmp_path)
-    assert result.returncode != 0 and "trust_remote_code=True" in result.stderr
+def test_saving_copies_no_code(loaded: dict) -> None:
+    assert "model.safetensors" in loaded["saved"] and "processor_config.json" in loaded["saved"]
+    assert not [name for name in loaded["saved"] if name.endswith(".py")]
 
 
-def test_package_not_installed(folder: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules['longvideo'] = None; from transformers import AutoConfig; "
-    code += "AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)"
-    result = run_python(code, folder, cache=tmp_path)
-    assert result.returncode != 0 and "pip install longvideo" in result.stderr
+def test_without_trust(loaded: dict) -> None:
+    assert loaded["no_trust"].startswith("ValueError") and "trust_remote_code=True" in loaded["no_trust"]
+
+
+def test_package_not_installed(loaded: dict) -> None:
+    assert loaded["no_package"].startswith("ImportError") and "pip install longvideo" in loaded["no_package"]
 
 
 def test_import_still_needs_no_trust(folder: Path, tmp_path: Path) -> None:
     code = "import sys, longvideo; from transformers import AutoModelForImageTextToText, AutoProcessor\n"
     code += "for auto in (AutoModelForImageTextToText, AutoProcessor): "
     code += "print(type(auto.from_pretrained(sys.argv[1])).__name__)"
-    result = run_python(code, folder, cache=tmp_path)
+    result = run_python("-c", code, folder, cache=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == ["VideoChatFlashForConditionalGeneration", "VideoChatFlashProcessor"]
 

@@ -129,5 +129,4 @@ def test_error_for_missing_repository_and_file(hub: HubServer, pushed: dict, cac
         results["repository"].startswith("OSError") and "tester/absent is not a local folder" in results["repository"]
     )
     assert results["revision"].startswith("OSError") and "absent is not a valid git identifier" in results["revision"]
-    assert results["subfolder"].startswith("OSError") and "config.json" in results["subfolder"]
     assert "EntryNotFoundError" in results["file"] and "absent.json" in results["file"]
