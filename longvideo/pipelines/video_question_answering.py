@@ -163,9 +163,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             video_metadata = row["video_metadata"]
         if video_metadata is not None:
             options["video_metadata"] = video_metadata if isinstance(video_metadata, list) else [video_metadata]
-        # The template code of the library rewrites the blocks of a message: the caller's dicts must stay as they are.
         encoded = self.processor.apply_chat_template(
-            [dict(message) for message in messages],
+            messages,
             add_generation_prompt=not continue_final_message,
             continue_final_message=continue_final_message,
             tokenize=True,
