@@ -1,7 +1,7 @@
 """Registers our classes with transformers when transformers' own Auto modules are loaded, not before.
 
-Registering at once would load torch and all of transformers' modeling code on `import longvideo`. So a finder waits for
-the Auto modules; whoever touches `AutoModel` or `pipeline` gets the registration with it. Modules of ours register
+Registering at once would load torch and all of transformers' modeling code on `import longvideo`. So a finder waits
+for the Auto modules; whoever touches `AutoModel` or `pipeline` gets the registration with it. Modules of ours register
 their classes at their end; what happens here is only that they are imported, and never while one of them, or a module
 of transformers that they need, is half imported.
 """
@@ -62,7 +62,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        # All of transformers: any of its modules may load an Auto module on its way, and ours may need just that one.
+        # All of transformers: any of its modules may load an Auto module on its way, and ours may need just that.
         watched = name.startswith(("longvideo.", "transformers."))
         if not watched or name in self.searching:
             return None

@@ -1,7 +1,7 @@
 """Bipartite token merging: joins the most alike tokens of a clip until a wanted number is left.
 
-Source: VideoChat-Flash (arXiv 2501.00574), Sec. 3.1, clip-level compression, Eq. 1; the method is ToMe (arXiv 2210.09461), applied
-here once after the encoder, without proportional attention.
+Source: VideoChat-Flash (arXiv 2501.00574), Sec. 3.1, clip-level compression, Eq. 1; the method is ToMe (arXiv
+2210.09461), applied here once after the encoder, without proportional attention.
 
 Shapes: B clips, N tokens before, M tokens after, E width, H heads.
 """

@@ -1,1 +1,1 @@
-"""VideoChat-Flash (arXiv 2501.00574); importing a configuration or modeling module registers it with the Auto classes."""
+"""VideoChat-Flash (arXiv 2501.00574); importing a configuration or modeling module registers its classes."""

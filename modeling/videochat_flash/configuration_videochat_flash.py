@@ -91,7 +91,9 @@ class VideoChatFlashConfig(PreTrainedConfig):
         if self.llm_compress_type not in COMPRESS_TYPES:
             raise ValueError(f"llm_compress_type is {self.llm_compress_type!r}; choose one of {COMPRESS_TYPES}.")
         if self.vision_encode_type not in VISION_ENCODE_TYPES:
-            raise ValueError(f"vision_encode_type is {self.vision_encode_type!r}; choose one of {VISION_ENCODE_TYPES}.")
+            raise ValueError(
+                f"vision_encode_type is {self.vision_encode_type!r}; choose one of {VISION_ENCODE_TYPES}."
+            )
         for name in ("mm_local_num_frames", "tokens_per_frame", "vision_chunk_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

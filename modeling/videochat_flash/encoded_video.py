@@ -125,7 +125,9 @@ class EncodedVideo:
             if hash_tensors(*(tensors[name] for name in names)) != header["tensors"]:
                 raise ValueError("the tensors are not those that the header describes")
         except (ValueError, KeyError, OSError, SafetensorError) as error:
-            raise ValueError(f"The encoded video in {folder} cannot be read: {error}. Encode the video again.") from error
+            raise ValueError(
+                f"The encoded video in {folder} cannot be read: {error}. Encode the video again."
+            ) from error
         for name, wanted in (key or {}).items():
             if header["key"].get(name) != wanted:
                 raise ValueError(

@@ -1,7 +1,8 @@
 """VideoChat-Flash: clips merged to 16 tokens per frame, visual tokens dropped on the way through the decoder.
 
 Paper: VideoChat-Flash: Hierarchical Compression for Long-Context Video Modeling (arXiv 2501.00574).
-Original read: OpenGVLab/VideoChat-Flash (Apache-2.0), `llava_qwen_flash.py`, `llava_arch.py`, `mm_projector_builder.py`.
+Original read: OpenGVLab/VideoChat-Flash (Apache-2.0), `llava_qwen_flash.py`, `llava_arch.py`,
+`mm_projector_builder.py`.
 Deviations: placeholders are expanded by the processor; frames pass the tower in chunks; see README.md in this folder.
 
 Shapes: B batch, S sequence, F frames, K clips (or image tiles), T frames of a clip, L patches of a frame,
@@ -12,14 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    GenerationMixin,
-    PreTrainedModel,
-)
-from transformers.activations import ACT2FN
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
@@ -32,7 +26,12 @@ from longvideo.modeling.layers.chunked import iterate_chunks
 from longvideo.modeling.layers.placeholders import find_placeholders, scatter_features
 from longvideo.modeling.layers.token_merging import merge_tokens
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
-from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo, hash_tensors
+from longvideo.modeling.videochat_flash.generation_videochat_flash import VideoChatFlashGenerationMixin
+from longvideo.modeling.videochat_flash.vision_videochat_flash import (
+    VideoChatFlashProjector,
+    VideoChatFlashVisionOutput,
+    arrange_image_tiles,
+)
 from longvideo.modeling.videochat_flash.visual_dropout import (
     VisualDropoutPlan,
     VisualDropoutStage,
@@ -42,24 +41,6 @@ from longvideo.modeling.videochat_flash.visual_dropout import (
 )
 
 TOWERS = {model.config_class.model_type: model for model in (UMTVisionModel, InternVideo2VisionModel)}
-VISUAL_INPUTS = ("pixel_values", "image_grids", "pixel_values_videos", "video_num_frames")
-
-
-@dataclass
-class VideoChatFlashVisionOutput(BaseModelOutputWithPooling):
-    """Visual features.
-
-    Args:
-        pooler_output: per video or image (V, D), what the decoder gets.
-        last_hidden_state: (K, T * L, E) tower output, only when asked for: it grows with the video.
-        merged_tokens: (K, M, E) after merging, before the projector, only when asked for.
-        merged_sizes: (K, M) patches behind each merged token, only when asked for.
-        merge_groups: per video or image (K, T * L) int64, the merged token of every patch, within its clip.
-    """
-
-    merged_tokens: torch.Tensor | None = None
-    merged_sizes: torch.Tensor | None = None
-    merge_groups: list[torch.Tensor] | None = None
 
 
 @dataclass
@@ -121,44 +102,6 @@ class VideoChatFlashPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-
-
-class VideoChatFlashProjector(nn.Module):
-    """Two linear layers that bring merged tokens to the width of the decoder."""
-
-    def __init__(self, config: VideoChatFlashConfig):
-        super().__init__()
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
-
-    def forward(self, merged: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(merged)))
-
-
-def arrange_image_tiles(features_KMD: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Joins the tokens of an image: first the whole picture's, then the grid's, line by line over all tiles.
-
-    Args:
-        features_KMD: (1 + rows * columns, M, D) tokens per tile, tile 0 the whole picture, M a square number.
-        rows: tiles from top to bottom.
-        columns: tiles from left to right.
-
-    Returns:
-        ((1 + rows * columns) * M, D).
-
-    Source: VideoChat-Flash, `llava_arch.py`, the `spatial_nopad` branch of `prepare_inputs_labels_for_multimodal`.
-    """
-    if rows * columns == 0:
-        return features_KMD.flatten(0, 1)
-    side = int(features_KMD.shape[1] ** 0.5)
-    if side * side != features_KMD.shape[1]:
-        raise ValueError(
-            f"Image tiles of {features_KMD.shape[1]} tokens cannot be laid out as squares. Choose tokens_per_frame and "
-            "mm_local_num_frames whose product is a square number, or use images of one tile."
-        )
-    grid = features_KMD[1:].view(rows, columns, side, side, -1).transpose(1, 2)  # (rows, side, columns, side, D)
-    return torch.cat([features_KMD[0], grid.flatten(0, 3)])
 
 
 class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
@@ -247,7 +190,9 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
             merge_groups=torch.cat(groups),
         )
 
-    def _video_clip_counts(self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None) -> list[int]:
+    def _video_clip_counts(
+        self, pixel_values_videos: torch.Tensor, video_num_frames: torch.Tensor | None
+    ) -> list[int]:
         """Clips per video; checks that frames and counts agree and fill whole clips."""
         if pixel_values_videos.ndim == 5:
             counts = [pixel_values_videos.shape[1]] * pixel_values_videos.shape[0]
@@ -332,7 +277,9 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         grids = [(0, 0)] * len(pixel_values) if image_grids is None else [(int(r), int(c)) for r, c in image_grids]
         counts = [1 + rows * columns for rows, columns in grids]
         if sum(counts) != len(pixel_values):
-            raise ValueError(f"image_grids {grids} ask for {sum(counts)} tiles, but pixel_values has {len(pixel_values)}.")
+            raise ValueError(
+                f"image_grids {grids} ask for {sum(counts)} tiles, but pixel_values has {len(pixel_values)}."
+            )
         output = self._encode_clips(pixel_values[:, None], output_tower_features, **kwargs)
         output.pooler_output = [
             arrange_image_tiles(tiles, rows, columns)
@@ -458,8 +405,8 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.language_model.config)
 
-        common = dict(attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values)
-        shown = dict(image_hidden_states=features["image"], video_hidden_states=features["video"])
+        common = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        shown = {"image_hidden_states": features["image"], "video_hidden_states": features["video"]}
         if plan is None and dropout_memory(past_key_values) is None:
             outputs = self.language_model(inputs_embeds=inputs_embeds, use_cache=use_cache, **common, **kwargs)
             return VideoChatFlashModelOutput(**outputs, labels=visual_dropout_labels, **shown)
@@ -484,7 +431,7 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         )
 
 
-class VideoChatFlashForConditionalGeneration(VideoChatFlashPreTrainedModel, GenerationMixin):
+class VideoChatFlashForConditionalGeneration(VideoChatFlashPreTrainedModel, VideoChatFlashGenerationMixin):
     """VideoChat-Flash with a language modelling head: answers questions about videos and images.
 
     Args:
@@ -589,131 +536,6 @@ class VideoChatFlashForConditionalGeneration(VideoChatFlashPreTrainedModel, Gene
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
         )
-
-    # ------------------------------------------------------------------ encoding once, asking often
-
-    def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into features: settings, projector and the tower's first weights."""
-        config = self.config
-        settings = f"{config.vision_config.to_json_string(use_diff=False)} {config.tokens_per_frame} "
-        settings += f"{config.mm_local_num_frames} {config.vision_encode_type}"
-        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-        first = next(self.model.vision_tower.parameters())
-        return hash_tensors(text, first, *self.model.multi_modal_projector.parameters())
-
-    @torch.no_grad()
-    def encode_video(
-        self,
-        pixel_values_videos: torch.Tensor,
-        video_num_frames: torch.Tensor | None = None,
-        source_key: str | None = None,
-    ) -> EncodedVideo:
-        """Encodes videos once for many questions.
-
-        Args:
-            pixel_values_videos: see `get_video_features`.
-            video_num_frames: see `get_video_features`.
-            source_key: name of the source and its settings, see `video_source_key`; stored with the features.
-
-        Returns:
-            Features that `generate(encoded_video=...)` takes in place of pixels.
-        """
-        output = self.model.get_video_features(
-            pixel_values_videos.to(self.device), None if video_num_frames is None else video_num_frames, return_dict=True
-        )
-        num_frames = [len(groups) * self.config.mm_local_num_frames for groups in output.merge_groups]
-        key = {"pixels": hash_tensors(pixel_values_videos), "model": self.encoding_key()}
-        if source_key is not None:
-            key["source"] = source_key
-        return EncodedVideo(output.pooler_output, output.merge_groups, num_frames, key)
-
-    def _check_encoded_video(self, encoded_video: EncodedVideo) -> None:
-        stored = encoded_video.key.get("model")
-        if stored is not None and stored != self.encoding_key():
-            raise ValueError(
-                "The encoded video was made by a model with other weights or settings than this one. Encode the video "
-                "again with this model's encode_video."
-            )
-
-    @torch.no_grad()
-    def generate(self, *args, encoded_video: EncodedVideo | None = None, **kwargs) -> ModelOutput | torch.LongTensor:
-        """Generates as `GenerationMixin.generate` does.
-
-        Args:
-            *args: as upstream.
-            encoded_video: features from `encode_video`, in place of `pixel_values_videos`.
-            **kwargs: as upstream; besides `visual_dropout` and the visual inputs of `forward`.
-
-        Returns:
-            As upstream.
-
-        Raises:
-            ValueError: an encoded video of another model, or chunked prefill together with visual dropout.
-        """
-        features = dict(kwargs.pop("mm_encoder_outputs", None) or {})
-        if encoded_video is not None:
-            if kwargs.get("pixel_values_videos") is not None or features.get("video") is not None:
-                raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
-            self._check_encoded_video(encoded_video)
-            pooled = [x.to(self.device) for x in encoded_video.features]
-            features["video"] = VideoChatFlashVisionOutput(pooler_output=pooled)
-            kwargs.pop("video_num_frames", None)
-        inputs = {name: kwargs.pop(name) for name in VISUAL_INPUTS if kwargs.get(name) is not None}
-        if "pixel_values_videos" in inputs:
-            features["video"] = self.model.get_video_features(
-                inputs["pixel_values_videos"].to(self.device), inputs.get("video_num_frames"), return_dict=True
-            )
-        if "pixel_values" in inputs:
-            features["image"] = self.model.get_image_features(
-                inputs["pixel_values"].to(self.device), inputs.get("image_grids"), return_dict=True
-            )
-        if features:
-            kwargs["mm_encoder_outputs"] = features
-            self._refuse_chunked_dropout(args, kwargs)
-        return super().generate(*args, **kwargs)
-
-    def _refuse_chunked_dropout(self, args: tuple, kwargs: dict) -> None:
-        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        chunk = kwargs.get("prefill_chunk_size") or getattr(given, "prefill_chunk_size", None)
-        if chunk and build_plan(self.config, kwargs.get("visual_dropout")) is not None:
-            raise ValueError(
-                f"prefill_chunk_size={chunk} cannot be combined with visual dropout: which tokens stay is decided over "
-                "the whole prompt. Leave prefill_chunk_size unset or pass visual_dropout=False."
-            )
-
-    def prepare_inputs_for_generation(self, *args, is_first_iteration: bool | None = False, **kwargs) -> dict:
-        """Leaves visual inputs out of every step but the first."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in (*VISUAL_INPUTS, "mm_encoder_outputs"):
-                inputs.pop(name, None)
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict]:
-        """Repeats each prompt with its own visual features, for beams and several return sequences."""
-        features = model_kwargs.pop("mm_encoder_outputs", None)
-        if features and expand_size > 1:
-            features = {kind: self._expand_features(kind, x, input_ids, expand_size) for kind, x in features.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if features:
-            model_kwargs["mm_encoder_outputs"] = features
-        return input_ids, model_kwargs
-
-    def _expand_features(
-        self, kind: str, output: ModelOutput, input_ids: torch.LongTensor, expand_size: int
-    ) -> VideoChatFlashVisionOutput:
-        token_id = self.config.image_token_id if kind == "image" else self.config.video_token_id
-        flat = torch.cat(list(output.pooler_output))
-        per_row = flat.split((input_ids == token_id).sum(1).tolist())
-        return VideoChatFlashVisionOutput(pooler_output=[row for row in per_row for _ in range(expand_size)])
 
 
 AutoModel.register(VideoChatFlashConfig, VideoChatFlashModel, exist_ok=True)

@@ -92,8 +92,8 @@ def _check_plan(plan: VisualDropoutPlan, num_layers: int) -> None:
         last = num_layers if plan.stage_kind(stage) == "uniform" else num_layers - 1
         if not 1 <= layer <= last:
             raise ValueError(
-                f"Visual dropout after {layer} layers ({plan.stage_kind(stage)}) does not fit a decoder of {num_layers} "
-                f"layers; choose 1 to {last}."
+                f"Visual dropout after {layer} layers ({plan.stage_kind(stage)}) does not fit a decoder of "
+                f"{num_layers} layers; choose 1 to {last}."
             )
     falling = all(a >= b >= 0 for a, b in zip(plan.ratios, plan.ratios[1:], strict=False))
     if plan.layers and (plan.ratios[0] != 1.0 or not falling):
@@ -377,7 +377,9 @@ class _Prefill(_Decoder):
         """Runs one stage."""
         keep, scores = self._choose(stage)
         order = self._shrink(keep)
-        self.hidden_states = self.hidden_states.gather(1, order[..., None].expand(-1, -1, self.hidden_states.shape[-1]))
+        self.hidden_states = self.hidden_states.gather(
+            1, order[..., None].expand(-1, -1, self.hidden_states.shape[-1])
+        )
         self.set_sequence(self.mask_BS, (self.mask_BS.long().cumsum(1) - 1).clamp(min=0))
         valid = self.mask_BS.bool()
 

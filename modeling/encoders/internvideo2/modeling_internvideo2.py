@@ -47,9 +47,7 @@ def internvideo2_position_table(hidden_size: int, grid_size: int, num_frames: in
         [_half_split_sincos(columns.flatten(), side_width), _half_split_sincos(rows.flatten(), side_width)], dim=1
     )
     time = _half_split_sincos(torch.arange(num_frames, device="cpu"), time_width)
-    table = torch.cat(
-        [time.repeat_interleave(grid_size**2, dim=0), space.repeat(num_frames, 1)], dim=1
-    )  # (T * L, E)
+    table = torch.cat([time.repeat_interleave(grid_size**2, dim=0), space.repeat(num_frames, 1)], dim=1)  # (T * L, E)
     return torch.cat([torch.zeros(1, hidden_size, dtype=torch.float64, device="cpu"), table])[None].float()
 
 

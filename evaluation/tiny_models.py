@@ -1,0 +1,136 @@
+"""The small models that are trained on the corpus: tokenizer, processor and configuration of each architecture."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config
+
+from longvideo.evaluation.corpus import all_questions, describe, make_scene
+from longvideo.modeling.encoders.umt.configuration_umt import UMTVisionConfig
+from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
+from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
+from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
+from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
+from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
+NUM_TOKENIZER_SCENES = 1500
+NUM_FRAMES = 16
+FRAME_SIZE = 48
+# About one over the root of the width: with the usual 0.02 models this narrow hardly begin to look at the frames.
+INIT_STD = 0.06
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """How a tiny model is made.
+
+    Args:
+        build: returns a fresh model and its processor.
+        frame_size: side of the frames in pixels.
+        num_frames: frames per video.
+    """
+
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    frame_size: int
+    num_frames: int
+
+
+def corpus_texts() -> Iterator[str]:
+    """Yields texts with every word that the corpus uses, as they stand in conversations."""
+    yield "system\nYou are a helpful assistant."
+    yield "user\nassistant\nDescribe the video ."
+    for seconds in range(61):
+        yield f"\nThe video lasts for {seconds}.00 seconds, and {NUM_FRAMES} frames are uniformly sampled from it. "
+        yield f"assistant\n{seconds} seconds"
+    for seed in range(NUM_TOKENIZER_SCENES):
+        scene = make_scene(seed, "train")
+        yield "assistant\n" + describe(scene)
+        for question in all_questions(scene):
+            yield f"user\n{question.multiple_choice}"
+            yield f"assistant\n{question.answer}"
+
+
+def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer on the corpus; any other text falls apart into bytes.
+
+    Args:
+        vocab_size: largest number of tokens.
+
+    Returns:
+        A ChatML tokenizer with visual placeholders.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        corpus_texts(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="left",
+        model_max_length=2048,
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+    )
+
+
+def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Makes the tiny VideoChat-Flash, random, with its processor."""
+    tokenizer = train_tokenizer()
+    side = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    config = VideoChatFlashConfig(
+        vision_config=UMTVisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=FRAME_SIZE,
+            patch_size=8,
+            initializer_range=INIT_STD,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            max_position_embeddings=2048,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            tie_word_embeddings=True,
+            initializer_range=INIT_STD,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        tokens_per_frame=8,
+        llm_compress_type="uniform0_attention",
+        llm_compress_layer_list=[1, 3],
+        llm_image_token_ratio_list=[1.0, 0.75, 0.25],
+        initializer_range=INIT_STD,
+    )
+    processor = VideoChatFlashProcessor(
+        image_processor=VideoChatFlashImageProcessor(
+            size=side, image_grid_pinpoints=[[FRAME_SIZE * i, FRAME_SIZE * j] for i in (1, 2) for j in (1, 2)]
+        ),
+        tokenizer=tokenizer,
+        video_processor=VideoChatFlashVideoProcessor(size=side, min_frames=NUM_FRAMES, max_frames=NUM_FRAMES),
+        tokens_per_frame=config.tokens_per_frame,
+        mm_local_num_frames=config.mm_local_num_frames,
+    )
+    return VideoChatFlashForConditionalGeneration(config), processor
+
+
+TINY_MODELS = {"videochat_flash": TinyModel(build_videochat_flash, FRAME_SIZE, NUM_FRAMES)}

@@ -1,0 +1,286 @@
+"""Trains the tiny checkpoint that comes with the package, on the procedural corpus, with our own trainer.
+
+    python -m longvideo.evaluation.train_tiny videochat_flash --out runs/tiny
+
+Stages are folders of `--out`; a run that was stopped goes on from the newest complete checkpoint when the command is
+given again. Each video is asked several questions in turns of one conversation, so that it is encoded once for all of
+them; the evaluation asks one question at a time.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
+
+from longvideo.evaluation.corpus import make_training_sample
+from longvideo.evaluation.tiny_models import TINY_MODELS, TinyModel
+from longvideo.trainers.sft_config import VideoSFTConfig
+from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
+
+CAPTION_REQUEST = "Describe the video ."
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum.
+
+    Args:
+        name: folder of its checkpoints.
+        num_videos: training videos, each seen once.
+        learning_rate: peak rate of all parts.
+        schedule: "constant_with_warmup" or "linear" (down to zero).
+        warmup_steps: steps with a rising rate.
+        difficulty: what the scenes contain.
+        caption: chance that the conversations of a batch end with a caption of the whole video.
+        letters: chance that a question is asked with four options and answered by a letter.
+    """
+
+    name: str
+    num_videos: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    difficulty: str
+    caption: float
+    letters: float
+
+
+BATCH_SIZE = 8
+MAX_TURNS = 4
+STAGES = (
+    Stage("1-single", 3_000, 1e-3, "constant_with_warmup", 100, "single", 0.3, 0.0),
+    Stage("2-easy", 5_000, 1e-3, "constant_with_warmup", 20, "easy", 0.3, 0.0),
+    Stage("3-full", 200_000, 1e-3, "constant_with_warmup", 20, "full", 0.2, 0.0),
+    Stage("4-finish", 8_000, 1e-3, "linear", 0, "full", 0.0, 0.1),
+)
+
+
+class CorpusConversations(Dataset):
+    """Rows of a stage, made when they are asked for; the same index always gives the same row.
+
+    Args:
+        stage: what to draw.
+        size: side of the frames in pixels.
+        num_frames: frames per video.
+        first_seed: number of the first scene of the training split.
+    """
+
+    def __init__(self, stage: Stage, *, size: int, num_frames: int, first_seed: int):
+        self.stage, self.size, self.num_frames, self.first_seed = stage, size, num_frames, first_seed
+
+    def __len__(self) -> int:
+        return self.stage.num_videos
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        seed = self.first_seed + index
+        frames, duration, questions, caption = make_training_sample(
+            seed, num_frames=self.num_frames, size=self.size, split="train", difficulty=self.stage.difficulty
+        )
+        rng = random.Random(f"conversation {seed}")
+        rng.shuffle(questions)
+        turns = [
+            (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
+            for q in questions[:MAX_TURNS]
+        ]
+        # Captions are long: a batch has them in all rows or in none, so that little is padded. They come last, as
+        # every answer before could be read off them.
+        batch_rng = random.Random(f"batch {seed // BATCH_SIZE}")
+        if not turns or batch_rng.random() < self.stage.caption:
+            turns.append((CAPTION_REQUEST, caption))
+        return {"messages": conversation(frames, duration, turns)}
+
+
+def conversation(frames: Any, duration: float, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Puts a decoded video and question-answer turns into messages.
+
+    Args:
+        frames: (F, height, width, 3) uint8, taken at the midpoints of F equal parts.
+        duration: seconds.
+        turns: questions and answers.
+
+    Returns:
+        Messages; the first user turn holds the video with its metadata.
+    """
+    times = [duration * (2 * i + 1) / (2 * len(frames)) for i in range(len(frames))]
+    video = {"type": "video", "video": frames, "timestamps": times, "duration": duration}
+    messages = []
+    for question, answer in turns:
+        blocks = [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": blocks if messages else [video, *blocks]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+class StopAtTime(TrainerCallback):
+    """Saves and stops when the time of this run is used up.
+
+    Args:
+        deadline: value of `time.monotonic()` at which to stop.
+    """
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+        self.stopped = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() > self.deadline:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+
+class LossLog(TrainerCallback):
+    """Appends every log record to a file, one JSON object a line.
+
+    Args:
+        path: file.
+        stage: name of the stage.
+    """
+
+    def __init__(self, path: Path, stage: str):
+        self.path, self.stage, self.start = path, stage, time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        record = {"stage": self.stage, "step": state.global_step, "run_seconds": round(time.monotonic() - self.start)}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**record, **(logs or {})}) + "\n")
+
+
+def run_stage(
+    stage: Stage,
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    out: Path,
+    *,
+    spec: TinyModel,
+    seed: int,
+    deadline: float,
+) -> bool:
+    """Trains one stage, from its newest checkpoint if there is one.
+
+    Args:
+        stage: what to train on.
+        model: model to train in place.
+        processor: its processor.
+        out: folder of all stages.
+        spec: frames per video and their size.
+        seed: random seed of the run.
+        deadline: value of `time.monotonic()` at which to stop.
+
+    Returns:
+        Whether the stage is complete.
+    """
+    folder = out / stage.name
+    first_seed = seed * 10_000_000 + sum(s.num_videos for s in STAGES[: STAGES.index(stage)])
+    args = VideoSFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH_SIZE,
+        max_steps=stage.num_videos // BATCH_SIZE,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=1,
+        dataloader_prefetch_factor=4,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    stop = StopAtTime(deadline)
+    trainer = VideoSFTTrainer(
+        model,
+        args,
+        train_dataset=CorpusConversations(
+            stage, size=spec.frame_size, num_frames=spec.num_frames, first_seed=first_seed
+        ),
+        processing_class=processor,
+        callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
+    )
+    trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
+    return not stop.stopped
+
+
+def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
+    """Writes model and processor for use, in bfloat16, under a temporary name first.
+
+    Args:
+        model: trained model.
+        processor: its processor.
+        folder: where they go; an older export is replaced.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    processor.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def train(name: str, out: Path, *, minutes: float, seed: int, finish: bool) -> Path | None:
+    """Trains a tiny model through all stages, or as far as the time allows.
+
+    Args:
+        name: architecture.
+        out: folder of checkpoints and logs.
+        minutes: time of this run.
+        seed: random seed.
+        finish: leave the last but one stage as it is and go to the last one.
+
+    Returns:
+        Folder of the finished model, or None when stages are left for a later run.
+    """
+    set_seed(seed)
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    spec = TINY_MODELS[name]
+    model, processor = spec.build()
+    for stage in STAGES:
+        done = out / stage.name / "done"
+        if done.exists() or (finish and stage is STAGES[-2]):
+            checkpoint = find_last_checkpoint(str(done.parent))
+            model = type(model).from_pretrained(checkpoint)
+            continue
+        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
+            return None
+        done.touch()
+    export(model, processor, out / "model")
+    return out / "model"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line of the module."""
+    parser = argparse.ArgumentParser(prog="longvideo.evaluation.train_tiny", description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=sorted(TINY_MODELS))
+    parser.add_argument("--out", default=None, help="folder of checkpoints and logs (default: runs/tiny_MODEL)")
+    parser.add_argument(
+        "--minutes", type=float, default=100.0, help="time of this run; give the command again to go on"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process")
+    parser.add_argument("--finish", action="store_true", help="go to the last stage from the newest checkpoint")
+    args = parser.parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = Path(args.out or f"runs/tiny_{args.model}")
+    folder = train(args.model, out, minutes=args.minutes, seed=args.seed, finish=args.finish)
+    print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({out})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
