@@ -302,6 +302,11 @@ def find_weight_files(folder: Path) -> tuple[list[str], list[str]]:
             files = [template[:start] + f"{i:05d}" + template[start + 5 :] for i in range(1, int(total) + 1)]
             require_shards(folder, files)
             return files, []
+    if (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds a LoRA adapter, no model weights. Merge it into its base model with peft "
+            "(merge_and_unload) and save that first."
+        )
     raise FileNotFoundError(
         f"{folder} has no weights: expected model.safetensors, pytorch_model.bin or shards of either with their index."
     )

@@ -124,7 +124,6 @@ TEXT_FIELDS = (
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
-    "use_cache",
     "tie_word_embeddings",
     "use_sliding_window",
     "sliding_window",
@@ -215,6 +214,8 @@ class VideoChatFlashConversion(ArchitectureConversion):
         Returns:
             A `VideoChatFlashConfig`; the placeholders lie just beyond the embedding table, which the model allows.
         """
+        from huggingface_hub.errors import StrictDataclassError
+
         from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 
         text_config = {name: config[name] for name in TEXT_FIELDS if config.get(name) is not None}
@@ -232,7 +233,7 @@ class VideoChatFlashConversion(ArchitectureConversion):
                 architectures=["VideoChatFlashForConditionalGeneration"],
                 **{name: config[name] for name in COMPRESSION_FIELDS if config.get(name) is not None},
             )
-        except TypeError as error:
+        except (TypeError, StrictDataclassError) as error:
             raise ValueError(f"config.json has a value of the wrong type: {error}") from error
 
     def original_config(self, config: "PreTrainedConfig") -> dict[str, Any]:
@@ -323,13 +324,13 @@ class VideoChatFlashConversion(ArchitectureConversion):
         """
         tokenizer = load_tokenizer(source)
         if tokenizer is None:
-            write_generation_config(config, source, folder, None)
             return [
+                *write_generation_config(config, source, folder, None),
                 "the source has no tokenizer, so no processor was written; the placeholder ids are "
-                f"{config.image_token_id} (image) and {config.video_token_id} (video), just beyond the embeddings."
+                f"{config.image_token_id} (image) and {config.video_token_id} (video), just beyond the embeddings.",
             ]
         notes = add_placeholders(tokenizer, config)
-        write_generation_config(config, source, folder, tokenizer)
+        notes += write_generation_config(config, source, folder, tokenizer)
         # The original pads on the right, where batched generation would continue behind the padding.
         tokenizer.padding_side = "left"
         write_processor(config, tokenizer, read_json(source / "config.json"), folder)
@@ -458,8 +459,8 @@ def add_placeholders(tokenizer: "PreTrainedTokenizerBase", config: "PreTrainedCo
 
 def write_generation_config(
     config: "PreTrainedConfig", source: Path, folder: Path, tokenizer: "PreTrainedTokenizerBase | None"
-) -> None:
-    """Write generation_config.json: the original's if there is one, and the token ids that end an answer."""
+) -> list[str]:
+    """Write generation_config.json: the original's, with the ids that end an answer; return notes."""
     from transformers import GenerationConfig
 
     given = read_json(source / "generation_config.json") if (source / "generation_config.json").is_file() else {}
@@ -476,7 +477,15 @@ def write_generation_config(
     given["eos_token_id"] = stops[0] if len(stops) == 1 else stops or None
     given["bos_token_id"] = given.get("bos_token_id", text.bos_token_id)
     given["pad_token_id"] = stops[0] if pad is None and stops else pad
-    GenerationConfig(**given).save_pretrained(folder)
+    try:
+        GenerationConfig(**given).save_pretrained(folder)
+    except ValueError:
+        # Old files keep sampling settings beside do_sample false, which Transformers 5 refuses to store.
+        ids = {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        GenerationConfig(**ids).save_pretrained(folder)
+        left = sorted(set(given) - set(ids))
+        return [f"generation_config.json has settings that Transformers does not accept; left out: {', '.join(left)}."]
+    return []
 
 
 def write_processor(

@@ -14,7 +14,7 @@ def check_folders(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], *, dtype: str, overwrite: bool
 ) -> tuple[Path, Path]:
     """Check source, destination and dtype before any work and return absolute paths."""
-    given, source, destination = source, Path(source).resolve(), Path(destination).absolute()
+    given, source, destination = source, Path(source).resolve(), Path(destination).resolve()
     if dtype != "keep" and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; expected keep, {', '.join(DTYPES)}.")
     if not source.exists():
@@ -24,10 +24,9 @@ def check_folders(
         )
     if not source.is_dir():
         raise ValueError(f"{given} is a file; give the folder with config.json and the weights.")
-    target = destination.resolve()
-    if target == source or source in target.parents:
+    if destination == source or source in destination.parents:
         raise ValueError(f"the destination {destination} is inside the source {source}; choose another folder.")
-    if target in source.parents:
+    if destination in source.parents:
         raise ValueError(f"the destination {destination} contains the source {source}; choose another folder.")
     if destination.exists() and not destination.is_dir():
         raise FileExistsError(f"the destination {destination} is a file; give a folder to create.")
@@ -46,7 +45,7 @@ def partial_folder(destination: Path) -> Iterator[Path]:
     """Yield a free name beside the destination; whatever is left under it is removed on the way out."""
     for stale in destination.parent.glob(f".{destination.name}.partial-*"):
         owner = stale.name.rpartition("-")[2]
-        if not owner.isdigit() or not process_lives(int(owner)):
+        if not owner.isdigit() or int(owner) == os.getpid() or not process_lives(int(owner)):
             shutil.rmtree(stale, ignore_errors=True)
     folder = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     try:
@@ -74,7 +73,8 @@ def process_lives(pid: int) -> bool:
 
 def move_into_place(folder: Path, destination: Path) -> None:
     """Rename the finished folder; an existing destination is set aside first and removed last."""
-    old = destination.parent / f".{destination.name}.partial-old-{os.getpid()}"
+    # Not a .partial name: should this process die between the renames, the next run must not remove the old content.
+    old = destination.parent / f".{destination.name}.replaced-{os.getpid()}"
     if destination.exists():
         os.rename(destination, old)
     try:

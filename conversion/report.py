@@ -11,6 +11,7 @@ from longvideo.conversion.checkpoint_io import TensorInfo
 from longvideo.conversion.key_map import collapse_numbers
 
 REPORT_NAME = "conversion_report.json"
+MAX_LISTED = 100
 CASTABLE = {"F64", "F32", "F16", "BF16"}
 
 
@@ -101,7 +102,9 @@ class ConversionReport:
         for names, what in parts:
             if names:
                 lines.append(f"{len(names)} tensors {what}:")
-                lines += [f"  {name}" for name in names]
+                lines += [f"  {name}" for name in names[:MAX_LISTED]]
+            if len(names) > MAX_LISTED:
+                lines.append(f"  ... and {len(names) - MAX_LISTED} more")
         return "\n".join(lines)
 
     def require_complete(self) -> None:

@@ -142,6 +142,11 @@ def damage_no_weights(folder: Path) -> None:
         path.unlink()
 
 
+def damage_adapter(folder: Path) -> None:
+    damage_no_weights(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def damage_config(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -167,6 +172,7 @@ def damage_no_config(folder: Path) -> None:
         (damage_index_path, ValueError, r"the index names '\.\./elsewhere\.safetensors'; expected file names inside"),
         (damage_twice, ValueError, r"is stored in both model-00001-of-00003\.safetensors and model-00002"),
         (damage_no_weights, FileNotFoundError, r"has no weights: expected model\.safetensors, pytorch_model\.bin or"),
+        (damage_adapter, FileNotFoundError, r"holds a LoRA adapter.*merge_and_unload"),
         (damage_config, ValueError, r"config\.json is not readable JSON"),
         (damage_no_config, FileNotFoundError, r"has no config\.json; expected a checkpoint folder"),
     ],
@@ -190,6 +196,7 @@ class RunsCode:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_code_is_refused_and_not_run(tmp_path: Path) -> None:
     write_original(tmp_path / "original", kind="bin")
     path = tmp_path / "original" / "pytorch_model.bin"

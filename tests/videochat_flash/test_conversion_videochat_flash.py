@@ -203,6 +203,21 @@ def test_converted_folder_loads_and_answers_as_the_source_model(model_type: str,
     assert AutoConfig.from_pretrained(tmp_path / "native").video_token_id == 4
 
 
+def test_old_generation_settings_and_chat_template(tmp_path: Path) -> None:
+    write_original(tmp_path / "original", tokenizer=True)
+    path = tmp_path / "original" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "of the text model"}))
+    (tmp_path / "original" / "modeling_x.py").write_text("")
+    settings = {"do_sample": False, "temperature": 0.0, "eos_token_id": 7}
+    (tmp_path / "original" / "generation_config.json").write_text(json.dumps(settings))
+    report = convert_checkpoint(tmp_path / "original", tmp_path / "native")
+    assert any("left out: do_sample, temperature" in note for note in report.notes)
+    assert report.files_left == ["modeling_x.py"]
+    generation = GenerationConfig.from_pretrained(tmp_path / "native")
+    assert generation.eos_token_id == [2, 7] and generation.pad_token_id == 0
+    assert "video" in AutoProcessor.from_pretrained(tmp_path / "native").chat_template
+
+
 def test_cast_is_what_was_asked_for(tmp_path: Path) -> None:
     state, _ = write_original(tmp_path / "original")
     report = convert_checkpoint(tmp_path / "original", tmp_path / "native", dtype="bf16")
@@ -320,6 +335,7 @@ def test_without_a_tokenizer_placeholders_lie_beyond_the_table(tmp_path: Path) -
         ({"mm_vision_tower": "dinov2"}, r"mm_vision_tower 'dinov2'; expected a name with internvideo2, umt-hd, umt"),
         ({"mm_vision_select_layer": 3}, r"mm_vision_select_layer 3; expected a number from -3 to -1"),
         ({"mm_hidden_size": 99}, r"mm_hidden_size 99, but the tower .* is 32 wide"),
+        ({"hidden_size": "wide"}, r"(?s)value of the wrong type: .*hidden_size"),
         ({"hidden_size": None}, r"lacks hidden_size; expected the config of a VideoChat-Flash checkpoint"),
         ({"mm_newline_position": "grid"}, r"mm_newline_position 'grid', which needs parts"),
         ({"quantization_config": {"load_in_4bit": True}}, r"quantised weights"),

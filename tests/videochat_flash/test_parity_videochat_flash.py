@@ -24,7 +24,6 @@ from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoCha
 pytestmark = pytest.mark.golden
 
 GOLDEN = Path(os.environ.get("LONGVIDEO_GOLDEN", Path(__file__).resolve().parents[3] / "shared" / "golden"))
-CASES = sorted(path.parent.parent for path in GOLDEN.glob("videochat_flash/**/checkpoint/config.json"))
 MARKER = -200
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # float32 on both sides: the order of summation differs (fused kernels, chunks), nothing else.
@@ -34,6 +33,20 @@ LOGITS_ATOL = 5e-4
 SCORES_ATOL = 1e-6
 # Gradients add up some hundred positions; relative to the largest entry, with the features' tolerance.
 GRADIENT_RTOL = 1e-4
+
+
+def find_cases() -> list[Path]:
+    """Every folder below the recordings whose checkpoint is an original VideoChat-Flash."""
+    found = []
+    for path in sorted(GOLDEN.rglob("checkpoint/config.json")):
+        config = json.loads(path.read_text())
+        known = config.get("model_type") in CONVERSIONS["videochat_flash"].original_model_types
+        if known and str(config.get("mm_projector_type", "")).startswith("tome"):
+            found.append(path.parent.parent)
+    return found
+
+
+CASES = find_cases()
 
 
 @dataclass
@@ -303,8 +316,8 @@ def swapped_copy(folder: Path, target: Path, first: str, second: str) -> None:
 def test_a_swapped_pair_of_weights_is_seen(tmp_path: Path) -> None:
     folder = CASES[0]
     keys = load_file(folder / "checkpoint" / "model.safetensors")
-    first = next(key for key in keys if key.endswith("layers.0.input_layernorm.weight"))
-    swapped_copy(folder / "checkpoint", tmp_path / "swapped", first, first.replace("input", "post_attention"))
+    first = next(key for key in keys if key.endswith("layers.0.self_attn.q_proj.weight"))
+    swapped_copy(folder / "checkpoint", tmp_path / "swapped", first, first.replace("q_proj", "o_proj"))
     case = load_case(folder, tmp_path / "swapped", tmp_path)
-    with pytest.raises(AssertionError, match=r"logits"):
+    with pytest.raises(AssertionError, match=r"logits|hidden_states"):
         test_forward(case)
