@@ -56,9 +56,6 @@ class VideoSFTConfig(TrainingArguments):
 
     # The columns of a dataset are messages, never arguments of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rows hold messages."})
-    # The Trainer writes this into the configuration that is saved with the model, where it would switch the cache of
-    # later forward calls off; training itself never caches.
-    use_cache: bool = field(default=True, metadata={"help": "Value that the saved configuration gets."})
     trainable_parts: list[str] | None = field(
         default=None, metadata={"help": "Parts that learn: vision_tower, connector, language_model. Default: as is."}
     )
