@@ -79,7 +79,7 @@ def test_registration_works_in_both_orders_of_import(order: str) -> None:
 
 
 def test_auto_modules_are_loaded_once() -> None:
-    """A file of transformers may load an Auto module on its way; registering right there would need that file whole."""
+    """A file of transformers may load an Auto module on its way; registering right there would need the whole file."""
     code = "import longvideo, transformers; transformers.Qwen2Config, transformers.Qwen2Model\n"
     code += "from transformers.models.auto import modeling_auto as auto\n"
     code += "known = [config.model_type for config in auto.MODEL_MAPPING._extra_content]\n"
