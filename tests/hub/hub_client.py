@@ -1,7 +1,7 @@
-"""What the tests of `test_hub.py` do as a client, in a process of its own: `python hub_client.py STEP ARGUMENTS`.
+"""What the tests of `test_hub.py` do as a client, in a process of its own: `python hub_client.py STEPS`.
 
-A client reads the Hub's address and the offline switch when `huggingface_hub` is imported. Each step prints one JSON
-object.
+A client reads the Hub's address and the offline switch when `huggingface_hub` is imported. STEPS is a JSON list of
+lists, each the name of a function below and its arguments; one JSON object with their results is printed.
 """
 
 import hashlib
@@ -104,6 +104,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 if __name__ == "__main__":
-    steps = (push, download, download_offline, load_without_import, ask_for_missing)
-    step = {function.__name__: function for function in steps}[sys.argv[1]]
-    print(json.dumps(step(*sys.argv[2:])))
+    functions = {
+        step.__name__: step for step in (push, download, download_offline, load_without_import, ask_for_missing)
+    }
+    print(json.dumps({name: functions[name](*arguments) for name, *arguments in json.loads(sys.argv[1])}))

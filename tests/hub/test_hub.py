@@ -18,17 +18,17 @@ WEIGHTS = "model.safetensors"
 CUT_AFTER = 20_000  # bytes; the tiny weights are a few times as large
 
 
-def run_client(hub: HubServer, cache: Path, step: str, *args: object, **env: str) -> dict:
-    """Runs one step of `hub_client.py` and returns what it printed."""
+def run_client(hub: HubServer, cache: Path, *steps: list[object], **env: str) -> dict[str, dict]:
+    """Runs steps of `hub_client.py` in one process and returns their results by name."""
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("hub_client.py")), step, *map(str, args)],
+        [sys.executable, str(Path(__file__).with_name("hub_client.py")), json.dumps(steps, default=str)],
         env={**os.environ, "PYTHONPATH": str(root), **hub.client_env(cache), **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
-    assert result.returncode == 0, f"{step} failed:\n{result.stderr[-3000:]}"
+    assert result.returncode == 0, f"{steps} failed:\n{result.stderr[-3000:]}"
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -51,11 +51,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pushed(hub: HubServer, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return run_client(hub, tmp_path_factory.mktemp("pusher"), "push", folder, REPO_ID)
-
-
-@pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("video") / "clip.mp4"
     make_video(path)
@@ -68,14 +63,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def downloaded(hub: HubServer, pushed: dict, video: Path, cache: Path) -> dict:
-    """What a client got whose download of the weights was cut once."""
+def online(hub: HubServer, folder: Path, video: Path, cache: Path) -> dict[str, dict]:
+    """What a client saw that pushed, downloaded (the weights were cut once) and asked for what is not there."""
     hub.cuts[WEIGHTS] = CUT_AFTER
-    hub.log.clear()
-    return run_client(hub, cache, "download", REPO_ID, video)
+    missing = ["ask_for_missing", REPO_ID]
+    return run_client(hub, cache, ["push", folder, REPO_ID], ["download", REPO_ID, video], missing)
 
 
-def test_push_uploads_model_processor_and_card(hub: HubServer, folder: Path, pushed: dict) -> None:
+def test_push_uploads_model_processor_and_card(hub: HubServer, folder: Path, online: dict) -> None:
     files = hub.repositories[f"models/{REPO_ID}"].files
     expected = {"config.json", WEIGHTS, "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
     assert expected <= set(files)
@@ -84,47 +79,48 @@ def test_push_uploads_model_processor_and_card(hub: HubServer, folder: Path, pus
     assert "auto_map" not in json.loads(files["config.json"])
 
 
-def test_model_and_processor_load_by_name(pushed: dict, downloaded: dict) -> None:
-    assert downloaded["weights"] == pushed["weights"]
-    assert downloaded["model"] == "VideoChatFlashForConditionalGeneration"
-    assert downloaded["processor"] == "VideoChatFlashProcessor"
+def test_model_and_processor_load_by_name(online: dict) -> None:
+    assert online["download"]["weights"] == online["push"]["weights"]
+    assert online["download"]["model"] == "VideoChatFlashForConditionalGeneration"
+    assert online["download"]["processor"] == "VideoChatFlashProcessor"
 
 
-def test_pipeline_loads_by_name_with_and_without_task(downloaded: dict) -> None:
-    by_task, by_tag = downloaded["by_task"], downloaded["by_tag"]
+def test_pipeline_loads_by_name_with_and_without_task(online: dict) -> None:
+    by_task, by_tag = online["download"]["by_task"], online["download"]["by_tag"]
     assert by_task["task"] == "video-question-answering"
     assert by_tag["task"] == "video-text-to-text", "the task comes from the tag of the card"
     assert isinstance(by_task["answer"], str) and by_task["answer"] == by_tag["answer"]
 
 
-def test_interrupted_download_resumes(hub: HubServer, pushed: dict, downloaded: dict) -> None:
+def test_interrupted_download_resumes(hub: HubServer, online: dict) -> None:
     ranges = [wanted for method, path, wanted in hub.log if method == "GET" and path.endswith(WEIGHTS)]
     assert WEIGHTS not in hub.cuts, "the download was not cut"
     first = int(ranges[1].removeprefix("bytes=").removesuffix("-"))
     assert ranges == [None, f"bytes={first}-"]
     assert 0 < first <= CUT_AFTER, "the second request continues where the first was cut"
-    assert downloaded["weights"] == pushed["weights"]
+    assert online["download"]["weights"] == online["push"]["weights"]
 
 
-def test_offline_after_download(hub: HubServer, pushed: dict, downloaded: dict, video: Path, cache: Path) -> None:
+def test_offline_after_download(hub: HubServer, online: dict, video: Path, cache: Path) -> None:
     num_requests = len(hub.log)
-    offline = run_client(hub, cache, "download_offline", REPO_ID, video, HF_HUB_OFFLINE="1")
+    steps = ["download_offline", REPO_ID, video]
+    offline = run_client(hub, cache, steps, HF_HUB_OFFLINE="1")["download_offline"]
     assert len(hub.log) == num_requests, "an offline client asked the server"
-    assert offline["weights"] == pushed["weights"]
+    assert offline["weights"] == online["push"]["weights"]
     assert offline["processor"] == "VideoChatFlashProcessor"
-    assert offline["answer"] == downloaded["by_task"]["answer"]
+    assert offline["answer"] == online["download"]["by_task"]["answer"]
 
 
-def test_error_without_import(hub: HubServer, pushed: dict, cache: Path) -> None:
-    results = run_client(hub, cache, "load_without_import", REPO_ID)
+def test_error_without_import(hub: HubServer, online: dict, cache: Path) -> None:
+    results = run_client(hub, cache, ["load_without_import", REPO_ID])["load_without_import"]
     for part in ("config", "model"):
         assert "`videochat_flash`" in results[part] and "does not recognize this architecture" in results[part]
     # The cards warn of this one: no error, and no processor either.
     assert results["processor"] not in ("", "VideoChatFlashProcessor")
 
 
-def test_error_for_missing_repository_and_file(hub: HubServer, pushed: dict, cache: Path) -> None:
-    results = run_client(hub, cache, "ask_for_missing", REPO_ID)
+def test_error_for_missing_repository_and_file(online: dict) -> None:
+    results = online["ask_for_missing"]
     assert (
         results["repository"].startswith("OSError") and "tester/absent is not a local folder" in results["repository"]
     )
