@@ -305,8 +305,8 @@ def learned_guesser(kind: str):
         ranks = sorted(question.options, key=number_of) if kind == "when" else []
         return {option: (wording, str(ranks.index(option)) if ranks else option) for option in question.options}
 
-    for item in balanced_items(400, split="train", kinds=[kind]):
-        for question in item.questions:
+    for scene in SCENES:
+        for question in all_questions(scene, [kind]):
             for option, key in keys(question).items():
                 right[key][0] += option == question.answer
                 right[key][1] += 1
