@@ -1,6 +1,6 @@
 """Who may import whom, read from the syntax trees; nothing of the package is imported here.
 
-Floors: 0 shared functions < 1 encoders < 2 architectures < 3 conversion, trainers, evaluation < 4 the face, cards, tests.
+Floors: 0 shared functions < 1 encoders < 2 architectures < 3 conversion, trainers, evaluation < 4 face, cards, tests.
 Imports go down or stay in the same folder, and no architecture knows another one.
 """
 
@@ -42,7 +42,9 @@ COMMANDS = (
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
 
 # What a floor may import from outside at the top of a module. Everything else is imported where it is used.
-BASE = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "av", "PIL", "torchvision", "tqdm", "packaging"}
+BASE = {
+    "torch", "torchvision", "numpy", "transformers", "safetensors", "huggingface_hub", "av", "PIL", "tqdm", "packaging",
+}  # fmt: skip
 ALLOWED_AT_TOP = {
     "modeling/layers": {"torch", "numpy"},
     "trainers/losses.py": {"torch", "numpy"},
@@ -70,7 +72,7 @@ def _longest(table: dict[str, object], name: str) -> str | None:
 
 
 def _module_of(name: str) -> str:
-    """Dotted module of a file: modeling/layers/x.py -> longvideo.modeling.layers.x, longvideo/cli/x.py -> longvideo.cli.x."""
+    """Dotted module of a file: modeling/layers/x.py -> longvideo.modeling.layers.x; longvideo/x.py -> longvideo.x."""
     parts = name.removesuffix(".py").split("/")
     if parts[-1] == "__init__":
         parts.pop()
@@ -226,7 +228,8 @@ def _text_files() -> list[Path]:
     suffixes = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".jinja", ".cfg", ".svg", ".sh"}
     inside = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     top = [path for path in ROOT.iterdir() if path.suffix in suffixes or path.name in ("Makefile", "run")]
-    return [path for path in [*inside, *top, ROOT / ".ci" / "run"] if path.is_file() and "__pycache__" not in path.parts]
+    files = [*inside, *top, ROOT / ".ci" / "run"]
+    return [path for path in files if path.is_file() and "__pycache__" not in path.parts]
 
 
 def test_no_package_registry_and_no_machine_is_named() -> None:

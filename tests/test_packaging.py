@@ -34,12 +34,12 @@ from longvideo.modeling.videochat_flash.configuration_videochat_flash import Vid
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
 from transformers import AutoConfig
 config = AutoConfig.from_pretrained(longvideo.tiny_checkpoint("videochat_flash"))
-bare = [name for name in ("modeling", "processing", "conversion", "trainers", "evaluation", "hub_cards") if name in sys.modules]
+bare = {"modeling", "processing", "conversion", "trainers", "evaluation", "hub_cards"} & set(sys.modules)
 print(json.dumps({
     "file": longvideo.__file__,
     "modeling": longvideo.modeling.__file__,
     "version": longvideo.__version__,
-    "bare": bare,
+    "bare": sorted(bare),
     "same_class": type(config) is VideoChatFlashConfig,
     "pickles": type(pickle.loads(pickle.dumps(config))) is VideoChatFlashConfig,
     "module": VideoChatFlashForConditionalGeneration.__module__,
@@ -50,7 +50,7 @@ print(json.dumps({
 
 IMPORT_EVERYTHING = """
 import importlib, importlib.abc, json, pkgutil, sys
-BLOCKED = {"peft", "datasets", "accelerate", "torchcodec", "flash_attn", "liger_kernel", "matplotlib", "psutil", "decord", "cv2", "trl"}
+BLOCKED = {"peft", "datasets", "accelerate", "torchcodec", "flash_attn", "liger_kernel", "matplotlib", "psutil", "trl"}
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED:
@@ -59,7 +59,8 @@ sys.meta_path.insert(0, Absent())
 names = []
 for package in json.loads(sys.argv[1]):
     module = importlib.import_module(package)
-    for found in pkgutil.iter_modules(module.__path__ if package != "longvideo" else module.__path__[:1], package + "."):
+    # The face's second path is the checkout, whose folders are packages of the list themselves.
+    for found in pkgutil.iter_modules(module.__path__[:1], package + "."):
         if not found.ispkg and not found.name.endswith("__main__"):
             importlib.import_module(found.name)
             names.append(found.name)

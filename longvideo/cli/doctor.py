@@ -1,6 +1,6 @@
 """`longvideo doctor`: what is installed, what is missing, which decoder and which attention will be used.
 
-Every check really does the thing once: versions are compared with the ranges of the package's own metadata, torchvision
+Every check really does the thing once: versions are compared with the ranges that the package declares, torchvision
 runs one operator, PyAV writes and reads back a clip in memory. Nothing is downloaded and no model is loaded.
 """
 
@@ -139,7 +139,8 @@ def check_package(requirement: str, *, needed: bool, fix: str, load: bool) -> Ch
         try:
             importlib.import_module(IMPORT_NAMES.get(name, name))
         except Exception as error:  # a broken binary package raises whatever it likes
-            return Check(name, "broken", f"{version} is installed but does not import: {_first_line(error)}", needed, fix)
+            detail = f"{version} is installed but does not import: {_first_line(error)}"
+            return Check(name, "broken", detail, needed, fix)
     return Check(name, "ok", f"{version} ({bounds})", needed)
 
 

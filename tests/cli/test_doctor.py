@@ -30,7 +30,7 @@ def test_this_machine_is_ready(report: dict) -> None:
     assert wrong == []
     assert report["ok"] is True
     needed = {check["name"] for check in report["checks"] if check["needed"]}
-    assert {"python", "torch", "torchvision", "transformers", "av", "numpy", "decoding", "torch/torchvision pair"} <= needed
+    assert {"python", "torch", "transformers", "av", "numpy", "decoding", "torch/torchvision pair"} <= needed
 
 
 def test_it_names_what_will_be_used(report: dict) -> None:
