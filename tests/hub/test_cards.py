@@ -81,6 +81,15 @@ def test_facts_are_those_of_the_folder(checkpoint: Path) -> None:
     assert "No parity figure was measured" in card
 
 
+def test_dropout_is_described_where_its_layers_exist(folder: Path) -> None:
+    assert "visual_dropout=True" not in render_card(folder), "the tiny decoder has no layer 8"
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"llm_compress_layer_list": [1, 3], "llm_image_token_ratio_list": [1.0, 0.75, 0.25]}
+    (folder / "config.json").write_text(json.dumps(config))
+    card = render_card(folder)
+    assert "after layers 1, 3 are\n0.75, 0.25 of these (`attention`)" in card
+
+
 def test_measured_figures(folder: Path) -> None:
     (folder / "measured.json").write_text(json.dumps(MEASURED))
     card = render_card(folder)
