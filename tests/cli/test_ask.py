@@ -53,7 +53,7 @@ def test_json_with_dropout(run, checkpoint, video):
     assert report["video"] == video and report["question"] == QUESTION and report["model"] == checkpoint
     assert set(report) == {"video", "question", "model", "answer", "timings", "token_counts"}
     counts = report["token_counts"]
-    assert counts["frames"] == 8 and counts["visual_tokens"] == 32
+    assert counts["frames"] == 8 and counts["visual_tokens"] == 32 and counts["generated_tokens"] <= 5
     assert [stage["visual_tokens"] for stage in counts["after_stages"]] == [24, 8]
 
 
