@@ -32,18 +32,13 @@ FLOORS = {
     "tests": 4,
 }
 # Commands that are run with `python -m` and that use the package as its users do: they may use the face.
-COMMANDS = (
-    "evaluation/answer_questions.py",
-    "evaluation/bench.py",
-    "evaluation/demo.py",
-    "evaluation/tiny_report.py",
-    "evaluation/train_tiny.py",
-)
+COMMANDS = ("evaluation/answer_questions.py", "evaluation/bench.py", "evaluation/demo.py")
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
 
 # What a floor may import from outside at the top of a module. Everything else is imported where it is used.
 BASE = {
-    "torch", "torchvision", "numpy", "transformers", "safetensors", "huggingface_hub", "av", "PIL", "tqdm", "packaging",
+    "av", "huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "torch", "torchvision", "tqdm",
+    "transformers",
 }  # fmt: skip
 ALLOWED_AT_TOP = {
     "modeling/layers": {"torch", "numpy"},
