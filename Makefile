@@ -68,7 +68,7 @@ hf-suite: $(READY)  ## transformers' own common tests over every architecture
 	done
 
 train-tiny: $(READY)  ## trains the tiny checkpoint that lies in the package (MODEL=videochat_flash)
-	$(PY) -m longvideo.evaluation.train_tiny $(MODEL) $(ARGS)
+	$(PY) -m longvideo.tiny_training.train $(MODEL) $(ARGS)
 
 clean:  ## removes the environments and what the targets wrote
 	rm -rf .venv .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache

@@ -70,7 +70,7 @@ class VideoChatFlashConfig(PreTrainedConfig):
     mm_llm_compress: bool = False
     llm_compress_type: str = "attention"
     llm_compress_layer_list: list[int] | None = None
-    llm_image_token_ratio_list: list[float] | None = None
+    llm_image_token_ratio_list: list[int | float] | None = None
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
 

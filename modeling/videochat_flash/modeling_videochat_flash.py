@@ -240,8 +240,7 @@ class VideoChatFlashModel(VideoChatFlashPreTrainedModel):
         Raises:
             ValueError: frames that do not fill clips or do not agree with the counts.
 
-        Source: VideoChat-Flash Sec. 3.1, Eq. 1 and 2.
-        Differs: Eq. 2 interleaves clips; tokens are ordered clip after clip, as in the original code.
+        Source: VideoChat-Flash Sec. 3.1, Eq. 1; clip after clip, `llava_arch.py`.
         """
         clip_counts = self._video_clip_counts(pixel_values_videos, video_num_frames)
         frames = pixel_values_videos.flatten(0, 1) if pixel_values_videos.ndim == 5 else pixel_values_videos

@@ -1,6 +1,6 @@
 """Progressive visual dropout: after chosen decoder layers only a share of the visual tokens goes on.
 
-Paper: VideoChat-Flash (arXiv 2501.00574), Sec. 3.2, video-level compression.
+Paper: VideoChat-Flash (arXiv 2501.00574), Sec. 3.1, Eq. 2, video-level compression.
 Original read: OpenGVLab/VideoChat-Flash, `modeling_qwen2_flash.py`.
 Deviations: works for batches, left padding, several visual items per prompt, beams and every attention implementation;
 what decoding needs to know of the prefill travels with the key/value cache, not with the module.
@@ -208,7 +208,7 @@ def query_row_attention(
     Returns:
         (B, S) float32, mean over heads and over the rows of a sample; zero for samples without rows.
 
-    Source: VideoChat-Flash Sec. 3.2, text-guided selection; `modeling_qwen2_flash.py`.
+    Source: VideoChat-Flash Sec. 3.1, text-guided selection; `modeling_qwen2_flash.py`.
     """
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden_states)
@@ -455,7 +455,7 @@ def decode_with_visual_dropout(
     Raises:
         ValueError: a static cache, a prepared mask, or attention maps asked for.
 
-    Source: VideoChat-Flash Sec. 3.2; `modeling_qwen2_flash.py`, `Qwen2Model_Flash.forward`.
+    Source: VideoChat-Flash Sec. 3.1, Eq. 2; `modeling_qwen2_flash.py`, `Qwen2Model_Flash.forward`.
     """
     _check_call(attention_mask, past_key_values, kwargs)
     kwargs.pop("output_attentions", None)

@@ -1,6 +1,6 @@
 """Trains the tiny checkpoint that comes with the package, on the procedural corpus, with our own trainer.
 
-    python -m longvideo.evaluation.train_tiny videochat_flash --out runs/tiny
+    python -m longvideo.tiny_training.train videochat_flash --out runs/tiny
 
 Stages are folders of `--out`; a run that was stopped goes on from the newest complete checkpoint when the command is
 given again. Each video is asked several questions in turns of one conversation, so that it is encoded once for all of
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from longvideo.evaluation.corpus import make_training_sample
-from longvideo.evaluation.tiny_models import TINY_MODELS, TinyModel
+from longvideo.tiny_training.models import TINY_MODELS, TinyModel
+from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
@@ -58,8 +60,8 @@ class Stage:
 BATCH_SIZE = 8
 MAX_TURNS = 4
 STAGES = (
-    Stage("1-single", 3_000, 1e-3, "constant_with_warmup", 100, "single", 0.3, 0.0),
-    Stage("2-easy", 5_000, 1e-3, "constant_with_warmup", 20, "easy", 0.3, 0.0),
+    Stage("1-single", 1_600, 1e-3, "constant_with_warmup", 50, "single", 0.3, 0.0),
+    Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.3, 0.0),
     Stage("3-full", 200_000, 1e-3, "constant_with_warmup", 20, "full", 0.2, 0.0),
     Stage("4-finish", 8_000, 1e-3, "linear", 0, "full", 0.0, 0.1),
 )
@@ -188,6 +190,7 @@ def run_stage(
         learning_rate=stage.learning_rate,
         lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup_steps,
+        vision_tower_learning_rate=stage.learning_rate / 3,
         weight_decay=0.01,
         adam_beta2=0.98,
         train_sampling_strategy="sequential",
@@ -230,6 +233,21 @@ def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> N
     partial.rename(folder)
 
 
+def _pretrain(model: PreTrainedModel, processor: ProcessorMixin, path: Path, *, seed: int, log: Path) -> None:
+    """Trains the tower by itself and saves it under a temporary name first."""
+    images = processor.video_processor
+    pretrain_tower(
+        model.model.vision_tower,
+        mean=list(images.image_mean),
+        std=list(images.image_std),
+        first_seed=seed * 10_000_000 + 5_000_000,
+        log=log,
+    )
+    path.parent.mkdir(exist_ok=True)
+    save_file(model.model.vision_tower.state_dict(), path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
 def train(name: str, out: Path, *, minutes: float, seed: int, finish: bool) -> Path | None:
     """Trains a tiny model through all stages, or as far as the time allows.
 
@@ -248,6 +266,11 @@ def train(name: str, out: Path, *, minutes: float, seed: int, finish: bool) -> P
     out.mkdir(parents=True, exist_ok=True)
     spec = TINY_MODELS[name]
     model, processor = spec.build()
+    tower_file = out / "0-tower" / "tower.safetensors"
+    if tower_file.exists():
+        model.model.vision_tower.load_state_dict(load_file(tower_file))
+    else:
+        _pretrain(model, processor, tower_file, seed=seed, log=out / "log.jsonl")
     for stage in STAGES:
         done = out / stage.name / "done"
         if done.exists() or (finish and stage is STAGES[-2]):
@@ -263,7 +286,7 @@ def train(name: str, out: Path, *, minutes: float, seed: int, finish: bool) -> P
 
 def main(argv: list[str] | None = None) -> int:
     """Command line of the module."""
-    parser = argparse.ArgumentParser(prog="longvideo.evaluation.train_tiny", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="longvideo.tiny_training.train", description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=sorted(TINY_MODELS))
     parser.add_argument("--out", default=None, help="folder of checkpoints and logs (default: runs/tiny_MODEL)")
     parser.add_argument(

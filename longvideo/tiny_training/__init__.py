@@ -1,0 +1,1 @@
+"""Makes the small checkpoints that come with the package: sizes, curriculum, training script."""

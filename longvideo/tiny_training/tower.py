@@ -1,0 +1,178 @@
+"""Teaches a tiny tower what a corpus frame shows, patch by patch, before a decoder learns to read its features.
+
+The published models start from towers that were trained on images and videos; this is the same step in small. Linear
+heads, thrown away afterwards, predict for every patch the shape, its colour, the way it moves and the letter that is
+shown.
+"""
+
+import json
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from longvideo.evaluation.corpus import make_scene, render_frames, sample_times
+from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, LETTERS, SHAPES, Scene
+
+TARGETS = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "direction": tuple(DIRECTIONS), "letter": tuple(LETTERS)}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the lessons.
+
+    Args:
+        name: as it stands in the log.
+        num_frames: frames per sample: 1 for single frames of many scenes, else whole clips of one scene.
+        batch_size: samples per step.
+        num_steps: steps.
+        learning_rate: peak rate; it falls to a twentieth.
+        warmup_steps: steps with a rising rate.
+        targets: what is asked.
+    """
+
+    name: str
+    num_frames: int
+    batch_size: int
+    num_steps: int
+    learning_rate: float
+    warmup_steps: int
+    targets: tuple[str, ...]
+
+
+# Single frames first: a step then sees over a hundred different pictures instead of a few videos.
+PHASES = (
+    Phase("images", 1, 128, 1500, 1.5e-3, 50, ("shape", "colour", "letter")),
+    Phase("clips", 16, 16, 200, 5e-4, 20, ("shape", "colour", "letter", "direction")),
+)
+# A patch belongs to a shape when its middle is this part of a patch or less outside of the shape's radius.
+MARGIN = 0.3
+
+
+def patch_targets(scene: Scene, times: list[float], grid: int) -> np.ndarray:
+    """Labels every patch of every frame.
+
+    Args:
+        scene: what is shown.
+        times: seconds of the frames.
+        grid: patches along one side of a frame.
+
+    Returns:
+        (F, grid * grid, 4) int64: for each of `TARGETS` 0 for none, else 1 + its index.
+    """
+    middles = (np.arange(grid) + 0.5) / grid
+    labels = np.zeros((len(times), grid, grid, len(TARGETS)), dtype=np.int64)
+    for frame, moment in enumerate(times):
+        if scene.needle is not None and scene.needle.visible(moment):
+            labels[frame, ..., 3] = 1 + TARGETS["letter"].index(scene.needle.letter)
+            continue
+        for actor in scene.actors:
+            if not actor.visible(moment):
+                continue
+            x, y = actor.position(moment)
+            inside = np.hypot(middles[None, :] - x, middles[:, None] - y) < actor.radius + MARGIN / grid
+            moves = actor.motion is not None and actor.motion.start <= moment < actor.motion.end
+            labels[frame, inside, 0] = 1 + TARGETS["shape"].index(actor.shape)
+            labels[frame, inside, 1] = 1 + TARGETS["colour"].index(actor.colour_at(moment))
+            labels[frame, inside, 2] = 1 + TARGETS["direction"].index(actor.motion.direction) if moves else 0
+    return labels.reshape(len(times), grid * grid, len(TARGETS))
+
+
+class PatchLabels(Dataset):
+    """Frames and patch labels of training scenes.
+
+    Args:
+        phase: how many frames of how many scenes.
+        size: side of the frames in pixels.
+        grid: patches along one side.
+        first_seed: number of the first scene.
+    """
+
+    def __init__(self, phase: Phase, *, size: int, grid: int, first_seed: int):
+        self.phase, self.size, self.grid, self.first_seed = phase, size, grid, first_seed
+
+    def __len__(self) -> int:
+        return self.phase.batch_size * self.phase.num_steps
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        seed = self.first_seed + index
+        scene = make_scene(seed, "train", difficulty="full")
+        times = sample_times(scene.duration, self.phase.num_frames)
+        if self.phase.num_frames == 1:
+            times = [random.Random(seed).random() * scene.duration]
+        return render_frames(scene, times, self.size), patch_targets(scene, times, self.grid)
+
+
+def _normalise(frames: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    """Turns (B, F, height, width, 3) uint8 into (B, F, 3, height, width) as the processor does."""
+    pixels = frames.permute(0, 1, 4, 2, 3).float() / 255
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def _head_loss(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Loss over all patches plus the same over those that show something; and the accuracy on the latter."""
+    shown = wanted > 0
+    loss = nn.functional.cross_entropy(logits, wanted)
+    if shown.any():
+        loss = loss + nn.functional.cross_entropy(logits[shown], wanted[shown])
+    return loss, (logits[shown].argmax(-1) == wanted[shown]).float().mean().item()
+
+
+def pretrain_tower(tower: nn.Module, *, mean: list[float], std: list[float], first_seed: int, log: Path) -> None:
+    """Trains a tower in place, through all phases.
+
+    Args:
+        tower: takes (clips, frames, 3, height, width) and gives patch features.
+        mean: of the processor's normalisation.
+        std: of the processor's normalisation.
+        first_seed: number of the first scene.
+        log: file that gets one JSON object per line.
+    """
+    heads = nn.ModuleDict({name: nn.Linear(tower.config.hidden_size, 1 + len(TARGETS[name])) for name in TARGETS})
+    tower.train()
+    for phase in PHASES:
+        _run_phase(phase, tower, heads, mean=mean, std=std, first_seed=first_seed, log=log)
+        first_seed += phase.batch_size * phase.num_steps
+
+
+def _run_phase(
+    phase: Phase, tower: nn.Module, heads: nn.ModuleDict, *, mean: list, std: list, first_seed: int, log: Path
+) -> None:
+    config = tower.config
+    data = PatchLabels(
+        phase, size=config.image_size, grid=config.image_size // config.patch_size, first_seed=first_seed
+    )
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, phase.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / phase.warmup_steps, 1 - 0.95 * step / phase.num_steps)
+    )
+    start = time.monotonic()
+    batches = DataLoader(data, phase.batch_size, num_workers=1, prefetch_factor=4)
+    for step, (frames, labels) in enumerate(batches, start=1):
+        clips = _normalise(frames, mean, std)
+        clips = clips.unflatten(1, (-1, min(phase.num_frames, config.num_frames))).flatten(0, 1)
+        features = tower(clips).last_hidden_state  # (B * K, T * L, E)
+        wanted = labels.view(*features.shape[:2], -1)
+        losses, accuracy = [], {}
+        for name in phase.targets:
+            logits = heads[name](features).flatten(0, 1)
+            loss, correct = _head_loss(logits, wanted[..., list(TARGETS).index(name)].flatten())
+            losses.append(loss)
+            accuracy[name] = round(correct, 3)
+        total = torch.stack(losses).sum()
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rate.step()
+        if step % 50 == 0:
+            seconds = round(time.monotonic() - start)
+            line = {"stage": f"0-{phase.name}", "step": step, "loss": round(total.item(), 4), "run_seconds": seconds}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**line, **accuracy}) + "\n")
