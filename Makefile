@@ -74,6 +74,7 @@ clean:  ## removes the environments and what the targets wrote
 	rm -rf .venv .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV): about 5 GB, some minutes, once."
 	$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt torch torchvision
@@ -82,6 +83,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV_OLDEST)/.installed: pyproject.toml constraints.txt
+	@echo "Installing into $(VENV_OLDEST): about 5 GB, some minutes, once."
 	$(PYTHON) -c '$(CHECK_PYTHON)'
 	$(PYTHON) -m venv $(VENV_OLDEST)
 	grep -v -E '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(VENV_OLDEST)/constraints.txt

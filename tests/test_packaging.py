@@ -29,8 +29,7 @@ PROBE = """
 import json, sys
 from importlib import resources
 import longvideo
-import longvideo.conversion, longvideo.evaluation, longvideo.hub_cards, longvideo.modeling, longvideo.processing
-import longvideo.trainers
+import longvideo.evaluation, longvideo.hub_cards, longvideo.modeling, longvideo.processing
 found = {
     "file": longvideo.__file__,
     "modeling": longvideo.modeling.__file__,
@@ -40,6 +39,7 @@ found = {
 }
 if "classes" in sys.argv:
     import pickle
+    import longvideo.conversion, longvideo.trainers
     from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
     from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
     from transformers import AutoConfig
@@ -60,7 +60,7 @@ class Absent(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Absent())
 find_spec = importlib.util.find_spec  # transformers asks with it what is installed
-importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in BLOCKED else find_spec(name, package)
+importlib.util.find_spec = lambda name, *more: None if name.split(".")[0] in BLOCKED else find_spec(name, *more)
 names = []
 for package in json.loads(sys.argv[1]):
     module = importlib.import_module(package)
