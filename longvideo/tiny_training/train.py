@@ -94,12 +94,19 @@ class CorpusConversations(Dataset):
             (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
             for q in questions[:MAX_TURNS]
         ]
+        # People write no space before a question mark; the corpus does.
+        turns = [(tidy(text), answer) if rng.random() < 0.5 else (text, answer) for text, answer in turns]
         # Captions are long: a batch has them in all rows or in none, so that little is padded. They come last, as
         # every answer before could be read off them.
         batch_rng = random.Random(f"batch {seed // BATCH_SIZE}")
         if not turns or batch_rng.random() < self.stage.caption:
             turns.append((CAPTION_REQUEST, caption))
         return {"messages": conversation(frames, duration, turns)}
+
+
+def tidy(text: str) -> str:
+    """Writes punctuation as people do, without a space before it."""
+    return text.replace(" ?", "?").replace(" ,", ",").replace(" .", ".")
 
 
 def conversation(frames: Any, duration: float, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
