@@ -127,10 +127,8 @@ def test_left_out_frames_do_not_change_the_rest(tmp_path: Path, codec: str, b_fr
 
 
 def test_a_jump_that_lands_too_late_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = make_video(tmp_path / "a.mp4", 300, 25, codec="libx264", gop=50)
+    path = make_video(tmp_path / "a.webm", 300, 25, codec="libvpx", gop=50)
     info = probe_video(path)
-    wrong = np.sort(np.append(info.keyframes, 180))
-    original = video_decoding.keyframe_before
     late = info.pts[200]
 
     class LateContainer:
@@ -147,7 +145,6 @@ def test_a_jump_that_lands_too_late_is_repaired(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         video_decoding, "walk", lambda container, *args, **kw: real_walk(LateContainer(container), *args, **kw)
     )
-    assert original(info, 190) == 150 and wrong.size == info.keyframes.size + 1
     frames, _ = read_with_pyav(path, sample_indices_fn=lambda metadata: [120, 190])
     assert numbers(frames) == [120, 190]
 
