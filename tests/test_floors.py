@@ -38,7 +38,7 @@ SHARED_BELOW_2 = ("layers", "encoders", "shared")
 # What a floor may import from outside at the top of a module. Everything else is imported where it is used.
 BASE = {
     "av", "huggingface_hub", "numpy", "packaging", "PIL", "safetensors", "tokenizers", "torch", "torchvision", "tqdm",
-    "tokenizers", "transformers",
+    "transformers",
 }  # fmt: skip
 ALLOWED_AT_TOP = {
     "modeling/layers": {"torch", "numpy"},
