@@ -16,22 +16,23 @@ def fake_result() -> dict:
     for num_frames in (64, 256):
         for step in bench_steps.STEPS:
             steps[f"{step}/{num_frames}"] = {
-                "seconds": 1.0,
+                "seconds": 2.0,
+                "cpu_seconds": 1.0,
                 "peak_bytes": 50_000_000,
                 "flops_counted": None,
                 "flops_formula": 1_000_000_000,
                 "visual_tokens": 16 * num_frames,
             }
-        steps[f"tower/{num_frames}"]["seconds"] = 10.2
-        steps[f"merge/{num_frames}"]["seconds"] = 0.2
-        steps[f"prefill_dropout/{num_frames}"]["seconds"] = 0.6
+        steps[f"tower/{num_frames}"].update(cpu_seconds=10.2, seconds=20.4)
+        steps[f"merge/{num_frames}"]["cpu_seconds"] = 0.2
+        steps[f"prefill_dropout/{num_frames}"]["cpu_seconds"] = 0.6
     decoding = {
         "bare": [{"seconds": 10.0, "cpu_seconds": 12.0, "frames": 15000}] * 2,
         "read": [{"seconds": 12.0, "cpu_seconds": 13.0, "peak_bytes": 90_000_000, "kept": 600}] * 2,
     }
     machine = {"processor": "some processor", "cores": 2, "load_average": 0.1, "device": "cpu", "python": "3.11",
                "torch": "2", "transformers": "5", "av": "18", "command": "python -m ..."}  # fmt: skip
-    imports = {"transformers": [2.0, 1.9], "longvideo": [2.1, 2.0]}
+    imports = [{"transformers": 2.0, "longvideo": 0.1}, {"transformers": 1.9, "longvideo": 0.2}]
     return {"machine": machine, "steps": steps, "decoding": decoding, "imports": imports}
 
 
@@ -42,12 +43,12 @@ def test_targets_are_computed_from_the_measurements() -> None:
     assert all(entry["met"] for entry in targets)
     worse = copy.deepcopy(result)
     worse["steps"]["tower/256"]["peak_bytes"] *= 4
-    worse["steps"]["merge/256"]["seconds"] = 0.6
-    worse["steps"]["prefill_dropout/256"]["seconds"] = 0.7
+    worse["steps"]["merge/256"]["cpu_seconds"] = 0.6
+    worse["steps"]["prefill_dropout/256"]["cpu_seconds"] = 0.7
     worse["decoding"]["read"] = [
         {**run, "seconds": 14.0, "peak_bytes": 400_000_000} for run in result["decoding"]["read"]
     ]
-    worse["imports"]["longvideo"] = [2.5]
+    worse["imports"] = [{"transformers": 2.0, "longvideo": 0.5}]
     assert not any(entry["met"] for entry in bench.judge(worse, (64, 256)))
 
 
