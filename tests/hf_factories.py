@@ -51,8 +51,8 @@ def videochat_flash() -> dict:
         # Clips of one frame: the suite counts with 3 and 6 frames.
         "video_processor_dict": {"mm_local_num_frames": 1},
         "skip": {
-            "test_video_processor_from_dict_with_kwargs": "a number as size is a square, as the tower needs; the suite "
-            "takes it for the shortest edge",
+            "test_video_processor_from_dict_with_kwargs": "a number as size is a square, as the tower needs; the "
+            "suite takes it for the shortest edge",
         },
         "overrides": {
             "additional_model_inputs": ["pixel_values_videos", "pixel_values"],

@@ -129,7 +129,7 @@ class HubHandler(BaseHTTPRequestHandler):
         else:
             self.fail(404, "EntryNotFound", f"no route {path}")
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request  # noqa: N815 (names fixed by http.server)
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_request
 
     def create_repository(self, wanted: dict) -> None:
         """Create a repository, or answer 409 as the Hub does where it exists."""

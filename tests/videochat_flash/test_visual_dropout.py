@@ -261,6 +261,9 @@ def test_training_gathers_labels_and_reaches_every_parameter(plan):
     batch = left_pad([prompt(8, 5, 9, 1), prompt(4, 3, 6, 2)])
     labels = batch["input_ids"].clone()
     labels[:, :-5] = -100
+    for row in range(2):  # also two tokens in front of the video, which move when tokens behind them are dropped
+        first = int((batch["input_ids"][row] == VIDEO).nonzero()[0])
+        labels[row, first - 2 : first] = batch["input_ids"][row, first - 2 : first]
     output = model(**batch, labels=labels, visual_dropout=plan)
     answers = [labels[row][labels[row] != -100].tolist() for row in range(2)]
     assert [row[row != -100].tolist() for row in output.labels] == answers
