@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -159,8 +158,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     """
     steps, low, high = result["steps"], min(frames), max(frames)
     bare, read = result["decoding"]["bare"], result["decoding"]["read"]
-    wall = statistics.median(ours["seconds"] / plain["seconds"] for ours, plain in zip(read, bare, strict=True))
-    cpu = statistics.median(ours["cpu_seconds"] / plain["cpu_seconds"] for ours, plain in zip(read, bare, strict=True))
+    wall, cpu = (min(run[key] for run in read) / min(run[key] for run in bare) for key in ("seconds", "cpu_seconds"))
     # Other work on the machine stretches the clock on the wall, not the processor's.
     clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
     unit = "processor time" if clock == "cpu_seconds" else "seconds"
