@@ -32,6 +32,14 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 CAPTION_REQUEST = "Describe the video ."
 
 
+BATCH_SIZE = 8
+MAX_TURNS = 4
+# Kinds that few scenes allow or that are learned last are asked in most of the scenes that allow them.
+RARE_KINDS = ("needle", "direction", "when", "at_time")
+# Answers that earlier turns may betray, and those that are still wrong most often before the last stage.
+HARD_KINDS = ("colour", "order", "direction", "when")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of the curriculum.
@@ -46,6 +54,8 @@ class Stage:
         caption: chance that the conversations of a batch end with a caption of the whole video.
         letters: chance that a question is asked with four options and answered by a letter.
         kinds: kinds of questions that are asked; None for all.
+        first: kinds that are asked before the others, and so not left out.
+        first_chance: chance that they are.
     """
 
     name: str
@@ -57,13 +67,10 @@ class Stage:
     caption: float
     letters: float
     kinds: tuple[str, ...] | None = None
+    first: tuple[str, ...] = RARE_KINDS
+    first_chance: float = 0.7
 
 
-BATCH_SIZE = 8
-MAX_TURNS = 4
-# Kinds that few scenes allow or that are learned last are asked in most of the scenes that allow them.
-RARE_KINDS = ("needle", "direction", "when", "at_time")
-RARE_FIRST = 0.7
 # Asks only for what the mixture before hardly teaches: moments and movements, in scenes that are full of them.
 DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
 STAGES = (
@@ -71,7 +78,8 @@ STAGES = (
     Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.3, 0.0),
     Stage("3-full", 12_000, 1e-3, "constant_with_warmup", 20, "full", 0.2, 0.0),
     Stage("4-drill", 2_400, 1e-3, "constant_with_warmup", 20, DRILL, 0.0, 0.0, kinds=RARE_KINDS),
-    Stage("5-finish", 5_600, 1e-3, "linear", 0, "full", 0.0, 0.1),
+    Stage("5-mixed", 5_600, 1e-3, "linear", 0, "full", 0.0, 0.1),
+    Stage("6-finish", 10_400, 1e-3, "linear", 30, "full", 0.0, 0.05, first=HARD_KINDS, first_chance=0.8),
 )
 
 
@@ -100,8 +108,8 @@ class CorpusConversations(Dataset):
         if self.stage.kinds:
             questions = [question for question in questions if question.kind in self.stage.kinds]
         rng.shuffle(questions)
-        if rng.random() < RARE_FIRST:
-            questions.sort(key=lambda question: question.kind not in RARE_KINDS)
+        if rng.random() < self.stage.first_chance:
+            questions.sort(key=lambda question: question.kind not in self.stage.first)
         turns = [
             (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
             for q in questions[:MAX_TURNS]
