@@ -30,8 +30,6 @@ from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 CAPTION_REQUEST = "Describe the video ."
-
-
 BATCH_SIZE = 8
 MAX_TURNS = 4
 # Kinds that few scenes allow or that are learned last are asked in most of the scenes that allow them.
@@ -244,18 +242,20 @@ def run_stage(
     return not stop.stopped
 
 
-def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
-    """Writes model and processor for use, in bfloat16, under a temporary name first.
+def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, log: Path) -> None:
+    """Writes model, processor and training log for use, in bfloat16, under a temporary name first.
 
     Args:
         model: trained model.
         processor: its processor.
         folder: where they go; an older export is replaced.
+        log: file of log records.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(partial)
     processor.save_pretrained(partial)
+    shutil.copy(log, partial / "training_log.jsonl")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -306,7 +306,7 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
         if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
             return None
         done.touch()
-    export(model, processor, out / "model")
+    export(model, processor, out / "model", log=out / "log.jsonl")
     return out / "model"
 
 
