@@ -129,18 +129,10 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     except (OSError, StopIteration):
         pass
     words = ["python -m longvideo.evaluation.bench videochat_flash", f"--rounds {args.rounds}"]
-    if tuple(args.frames) != FRAMES:
-        words.append("--frames " + " ".join(map(str, args.frames)))
     if args.threads is not None:
         words.append(f"--threads {args.threads}")
-    elif "OMP_NUM_THREADS" in os.environ:
-        words.insert(0, f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}")
     if args.device != "cpu":
         words.append(f"--device {args.device}")
-    if args.clip:
-        words.append(f"--clip {Path(args.clip).name}")
-    if args.minutes != CLIP["minutes"]:
-        words.append(f"--minutes {args.minutes:g}")
     return {
         "processor": processor,
         "cores": os.cpu_count(),

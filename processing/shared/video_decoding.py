@@ -9,9 +9,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import av
@@ -28,8 +26,6 @@ LONG_VIDEO_FRAMES = 3000
 MAX_STEPS_BACK = 2
 # Codecs whose decoder may leave out frames that no other frame refers to, without changing the rest.
 CODECS_WITH_SPARE_FRAMES = frozenset({"h264", "mpeg4"})
-# Full-size frames that may wait to be resized.
-MAX_WAITING_FRAMES = 4
 TORCHCODEC_BATCH = 16
 
 
@@ -115,30 +111,20 @@ def fill_from_pyav(
     height, width = frames.shape[1:3]
     quarter_turns = info.rotation // 90
 
-    def store(place: int, rgb: np.ndarray) -> None:
+    def keep(place: int, frame: av.VideoFrame) -> None:
+        rgb = frame.to_ndarray(format="rgb24")
         if quarter_turns:
             rgb = np.ascontiguousarray(np.rot90(rgb, quarter_turns))
         # A stream may change its size on the way; all kept frames get the size of the first.
         frames[place] = resize_rgb(rgb, (height, width))
+        advance(1)
 
-    # Resizing takes about as long as decoding a few frames and need not hold the decoder up.
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="resize") as pool:
-        waiting: deque[Future[None]] = deque()
-
-        def keep(place: int, frame: av.VideoFrame) -> None:
-            waiting.append(pool.submit(store, place, frame.to_ndarray(format="rgb24")))
-            if len(waiting) > MAX_WAITING_FRAMES:
-                waiting.popleft().result()
-            advance(1)
-
-        done, may_skip = 0, info.pts is not None
-        while done < len(wanted):
-            with open_video(Path(info.path), num_threads=num_threads) as (container, stream):
-                done = walk(container, stream, info, wanted, done, keep, may_skip=may_skip)
-            # Ends early only where skipping went wrong; the second attempt decodes every frame from the begin.
-            may_skip = False
-        for job in waiting:
-            job.result()
+    done, may_skip = 0, info.pts is not None
+    while done < len(wanted):
+        with open_video(Path(info.path), num_threads=num_threads) as (container, stream):
+            done = walk(container, stream, info, wanted, done, keep, may_skip=may_skip)
+        # Ends early only where skipping went wrong; the second attempt decodes every frame from the begin.
+        may_skip = False
 
 
 def walk(
