@@ -6,6 +6,7 @@ from longvideo.evaluation.corpus.questions import (
     all_questions,
     corpus_vocabulary,
     describe,
+    list_events,
     make_questions,
 )
 from longvideo.evaluation.corpus.render import render_frames, write_video
@@ -13,7 +14,6 @@ from longvideo.evaluation.corpus.rows import (
     Item,
     balanced_items,
     make_row,
-    make_training_sample,
     read_rows,
     write_corpus,
 )
@@ -30,10 +30,10 @@ __all__ = [
     "balanced_items",
     "corpus_vocabulary",
     "describe",
+    "list_events",
     "make_questions",
     "make_row",
     "make_scene",
-    "make_training_sample",
     "read_rows",
     "render_frames",
     "sample_times",

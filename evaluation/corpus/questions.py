@@ -436,6 +436,33 @@ def describe(scene: Scene, *, num_parts: int = 4) -> str:
     return " ; ".join(parts) + " ."
 
 
+def list_events(scene: Scene) -> str:
+    """Everything that happens, in order of time, in the vocabulary of the questions.
+
+    Args:
+        scene: what the video shows.
+
+    Returns:
+        For example "4 seconds : red circle appears ; 9 seconds : red circle moves left ; 12 seconds : letter X .";
+        what no sampled frame shows is left out.
+    """
+    view = _View(scene)
+    found = []
+    for time, sort, actor in view.events():
+        if actor is None:
+            if view.needle_count() >= 1:
+                found.append((time, f"letter {scene.needle.letter}"))
+        elif view.count(actor) >= 2:
+            what = f"turns {actor.new_colour}" if sort == "turns" else sort
+            found.append((time, f"{actor.colour_at(time - view.unit)} {actor.shape} {what}"))
+    for actor in scene.actors:
+        motion = actor.motion
+        if motion is not None and view.count(actor, motion.start, motion.end) >= 3:
+            found.append((motion.start, f"{actor.colour} {actor.shape} moves {motion.direction}"))
+    clauses = [f"{format_seconds(_nearest(time))} : {what}" for time, what in sorted(found)]
+    return (" ; ".join(clauses) or "nothing") + " ."
+
+
 def split_words(text: str) -> list[str]:
     """Words, numbers and signs of a text, as a word-level tokenizer should see them."""
     return re.findall(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]", text)

@@ -10,18 +10,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from longvideo.evaluation.corpus.questions import (
     KINDS,
     NUM_OPTIONS,
     Question,
     all_questions,
-    describe,
-    make_questions,
 )
-from longvideo.evaluation.corpus.render import render_frames, write_video
-from longvideo.evaluation.corpus.scenes import Difficulty, Scene, make_scene, sample_times
+from longvideo.evaluation.corpus.render import write_video
+from longvideo.evaluation.corpus.scenes import Difficulty, Scene, make_scene
 
 FORMS: tuple[str, ...] = ("open", "letter")
 
@@ -32,31 +28,6 @@ class Item:
 
     scene: Scene
     questions: tuple[Question, ...]
-
-
-def make_training_sample(
-    seed: int,
-    *,
-    num_frames: int = 16,
-    size: int | tuple[int, int] = 64,
-    split: str = "train",
-    difficulty: str | Difficulty = "full",
-) -> tuple[np.ndarray, int, list[Question], str]:
-    """One video in memory, with questions and a caption.
-
-    Args:
-        seed: number of the scene inside its split.
-        num_frames: frames taken at the midpoints of as many equal parts; fewer than 16 may miss a needle.
-        size: side, or (width, height), in pixels.
-        split: "train" or "held_out".
-        difficulty: name of a preset or a Difficulty.
-
-    Returns:
-        Frames (F, height, width, 3) uint8; length in seconds; at most one question of each kind; the caption.
-    """
-    scene = make_scene(seed, split, difficulty=difficulty)
-    frames = render_frames(scene, sample_times(scene.duration, num_frames), size)
-    return frames, scene.duration, make_questions(scene), describe(scene)
 
 
 def balanced_items(

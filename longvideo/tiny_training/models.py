@@ -93,9 +93,12 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=3,
-            num_attention_heads=2,
+            num_attention_heads=4,
             image_size=FRAME_SIZE,
             patch_size=8,
+            # Tables of just this size: interpolated ones blur the quick waves, and with them what moves.
+            position_grid_size=FRAME_SIZE // 8,
+            position_num_frames=4,
             initializer_range=INIT_STD,
         ),
         text_config=Qwen2Config(

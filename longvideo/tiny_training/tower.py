@@ -2,7 +2,8 @@
 
 The published models start from towers that were trained on images and videos; this is the same step in small. Linear
 heads, thrown away afterwards, predict for every patch the shape, its colour, the way it moves and the letter that is
-shown.
+shown. For clips another head tells where the shape is now, in the frame before and in the frame after: what moves can
+only be told by a tower that finds the same shape again.
 """
 
 import json
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from longvideo.evaluation.corpus import make_scene, render_frames, sample_times
-from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, LETTERS, SHAPES, Scene
+from longvideo.evaluation.corpus import Difficulty, make_scene, render_frames, sample_times
+from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, LETTERS, SHAPES, UNITS, Scene
 
 TARGETS = {"shape": tuple(SHAPES), "colour": tuple(COLOURS), "direction": tuple(DIRECTIONS), "letter": tuple(LETTERS)}
 
@@ -28,7 +29,8 @@ class Phase:
 
     Args:
         name: as it stands in the log.
-        num_frames: frames per sample: 1 for single frames of many scenes, else whole clips of one scene.
+        num_frames: frames per sample: 1 for a frame at any moment, else one clip of so many of the sampled frames.
+        difficulty: what the scenes contain.
         batch_size: samples per step.
         num_steps: steps.
         learning_rate: peak rate; it falls to a twentieth.
@@ -38,6 +40,7 @@ class Phase:
 
     name: str
     num_frames: int
+    difficulty: str | Difficulty
     batch_size: int
     num_steps: int
     learning_rate: float
@@ -45,16 +48,18 @@ class Phase:
     targets: tuple[str, ...]
 
 
-# Single frames first: a step then sees over a hundred different pictures instead of a few videos.
+# Single frames first: a step then sees over a hundred different pictures instead of a few videos. For the same reason
+# a clip lesson sees one clip of a scene, of scenes in which most shapes move.
+MOVING = Difficulty(shapes=(1, 2, 2, 3), move=1.0, needle=0.1)
 PHASES = (
-    Phase("images", 1, 128, 1500, 1.5e-3, 50, ("shape", "colour", "letter")),
-    Phase("clips", 16, 16, 200, 5e-4, 20, ("shape", "colour", "letter", "direction")),
+    Phase("images", 1, "full", 128, 1200, 1.5e-3, 50, ("shape", "colour", "letter")),
+    Phase("clips", 4, MOVING, 32, 2500, 1e-3, 50, ("shape", "colour", "letter", "direction")),
 )
 # A patch belongs to a shape when its middle is this part of a patch or less outside of the shape's radius.
 MARGIN = 0.3
 
 
-def patch_targets(scene: Scene, times: list[float], grid: int) -> np.ndarray:
+def patch_targets(scene: Scene, times: list[float], grid: int) -> tuple[np.ndarray, np.ndarray]:
     """Labels every patch of every frame.
 
     Args:
@@ -63,10 +68,13 @@ def patch_targets(scene: Scene, times: list[float], grid: int) -> np.ndarray:
         grid: patches along one side of a frame.
 
     Returns:
-        (F, grid * grid, 4) int64: for each of `TARGETS` 0 for none, else 1 + its index.
+        (F, grid * grid, 4) int64, for each of `TARGETS` 0 for none, else 1 + its index.
+        (F, grid * grid, 6) float32, x and y of the patch's shape, as fractions of the frame, in the frame before, in
+        this one and in the one after; NaN where there is none.
     """
     middles = (np.arange(grid) + 0.5) / grid
     labels = np.zeros((len(times), grid, grid, len(TARGETS)), dtype=np.int64)
+    centres = np.full((len(times), grid, grid, 6), np.nan, dtype=np.float32)
     for frame, moment in enumerate(times):
         if scene.needle is not None and scene.needle.visible(moment):
             labels[frame, ..., 3] = 1 + TARGETS["letter"].index(scene.needle.letter)
@@ -80,11 +88,14 @@ def patch_targets(scene: Scene, times: list[float], grid: int) -> np.ndarray:
             labels[frame, inside, 0] = 1 + TARGETS["shape"].index(actor.shape)
             labels[frame, inside, 1] = 1 + TARGETS["colour"].index(actor.colour_at(moment))
             labels[frame, inside, 2] = 1 + TARGETS["direction"].index(actor.motion.direction) if moves else 0
-    return labels.reshape(len(times), grid * grid, len(TARGETS))
+            for place, other in enumerate((frame - 1, frame, frame + 1)):
+                if 0 <= other < len(times) and actor.visible(times[other]):
+                    centres[frame, inside, 2 * place : 2 * place + 2] = actor.position(times[other])
+    return labels.reshape(len(times), grid * grid, len(TARGETS)), centres.reshape(len(times), grid * grid, 6)
 
 
 class PatchLabels(Dataset):
-    """Frames and patch labels of training scenes.
+    """Frames, patch labels and centres of shapes of training scenes.
 
     Args:
         phase: how many frames of how many scenes.
@@ -99,13 +110,15 @@ class PatchLabels(Dataset):
     def __len__(self) -> int:
         return self.phase.batch_size * self.phase.num_steps
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         seed = self.first_seed + index
-        scene = make_scene(seed, "train", difficulty="full")
-        times = sample_times(scene.duration, self.phase.num_frames)
+        scene = make_scene(seed, "train", difficulty=self.phase.difficulty)
+        times = sample_times(scene.duration, UNITS)
+        first = random.Random(seed).randrange(0, UNITS, self.phase.num_frames)
+        times = times[first : first + self.phase.num_frames]
         if self.phase.num_frames == 1:
             times = [random.Random(seed).random() * scene.duration]
-        return render_frames(scene, times, self.size), patch_targets(scene, times, self.grid)
+        return render_frames(scene, times, self.size), *patch_targets(scene, times, self.grid)
 
 
 def _normalise(frames: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
@@ -134,6 +147,7 @@ def pretrain_tower(tower: nn.Module, *, mean: list[float], std: list[float], fir
         log: file that gets one JSON object per line.
     """
     heads = nn.ModuleDict({name: nn.Linear(tower.config.hidden_size, 1 + len(TARGETS[name])) for name in TARGETS})
+    heads["centres"] = nn.Linear(tower.config.hidden_size, 6)
     tower.train()
     for phase in PHASES:
         _run_phase(phase, tower, heads, mean=mean, std=std, first_seed=first_seed, log=log)
@@ -154,10 +168,9 @@ def _run_phase(
     )
     start = time.monotonic()
     batches = DataLoader(data, phase.batch_size, num_workers=1, prefetch_factor=4)
-    for step, (frames, labels) in enumerate(batches, start=1):
+    for step, (frames, labels, centres) in enumerate(batches, start=1):
         clips = _normalise(frames, mean, std)
-        clips = clips.unflatten(1, (-1, min(phase.num_frames, config.num_frames))).flatten(0, 1)
-        features = tower(clips).last_hidden_state  # (B * K, T * L, E)
+        features = tower(clips).last_hidden_state  # (B, T * L, E)
         wanted = labels.view(*features.shape[:2], -1)
         losses, accuracy = [], {}
         for name in phase.targets:
@@ -165,6 +178,10 @@ def _run_phase(
             loss, correct = _head_loss(logits, wanted[..., list(TARGETS).index(name)].flatten())
             losses.append(loss)
             accuracy[name] = round(correct, 3)
+        known = ~centres.isnan()
+        errors = (heads["centres"](features).flatten() - centres.flatten()).abs()[known.flatten()]
+        losses.append(4 * errors.mean())
+        accuracy["centre_error"] = round(errors.mean().item(), 3)
         total = torch.stack(losses).sum()
         optimizer.zero_grad()
         total.backward()

@@ -12,16 +12,15 @@ import pytest
 from longvideo.evaluation.corpus import (
     DIFFICULTIES,
     KINDS,
-    Difficulty,
     Question,
     Scene,
     all_questions,
     balanced_items,
     corpus_vocabulary,
     describe,
+    list_events,
     make_questions,
     make_scene,
-    make_training_sample,
     read_rows,
     render_frames,
     sample_times,
@@ -344,16 +343,18 @@ def test_text_alone_does_not_give_the_answer(kind: str, held_out: list[Question]
         assert share < 0.25 + 0.105, f"{name} guesses {share:.3f} of {kind}"
 
 
-def test_training_sample() -> None:
-    frames, duration, questions, caption = make_training_sample(5, num_frames=8, size=32, difficulty="easy")
-    scene = make_scene(5, difficulty="easy")
-    assert frames.shape == (8, 32, 32, 3) and frames.dtype == np.uint8
-    assert duration == scene.duration and questions == make_questions(scene) and caption == describe(scene)
-    assert np.array_equal(frames, render_frames(scene, sample_times(duration, 8), 32))
-    knobs = Difficulty(shapes=(3,), needle=1.0, durations=(10, 10))
-    assert make_training_sample(5, difficulty=knobs)[1] == 10
-    with pytest.raises(ValueError, match="num_frames=0"):
-        sample_times(10, 0)
+def test_list_of_events() -> None:
+    circle = still("circle", "red", enter=4.0, leave=12.0, x=0.3, motion=Motion("right", 5.0, 10.0, 0.4))
+    ring = still("ring", "blue", leave=14.0, y=0.8, radius=0.1, new_colour="green", change=7.0)
+    scene = scene_of(circle, ring, needle=Needle("T", 1.0, 2.2))
+    assert list_events(scene) == (
+        "1 second : letter T ; 4 seconds : red circle appears ; 5 seconds : red circle moves right ; "
+        "7 seconds : blue ring turns green ; 12 seconds : red circle leaves ; 14 seconds : green ring leaves ."
+    )
+    assert list_events(scene_of(still("cross", "white"))) == "nothing ."
+    vocabulary = set(corpus_vocabulary())
+    for scene in SCENES[:100]:
+        assert set(split_words(list_events(scene))) <= vocabulary
 
 
 def test_written_corpus(tmp_path, capsys) -> None:

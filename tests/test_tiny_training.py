@@ -1,0 +1,72 @@
+"""What the tiny models are taught: labels of patches, and conversations in which no answer betrays another."""
+
+import random
+from collections import Counter
+
+import numpy as np
+
+from longvideo.evaluation.corpus import all_questions, make_scene
+from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
+from longvideo.tiny_training.tower import PHASES, TARGETS, PatchLabels, patch_targets
+from longvideo.tiny_training.train import HARMLESS_KINDS, MAX_TURNS, STAGES, CorpusConversations, choose_questions
+
+GREY = Background("plain", (90, 90, 90), (110, 110, 110))
+
+
+def test_patches_are_labelled_with_what_they_show() -> None:
+    actor = Actor("ring", "blue", 0.2, 0.3, 0.5, 0.0, 3.0, motion=Motion("right", 0.0, 2.0, 0.4))
+    scene = Scene(0, "train", 8, 8, GREY, (actor,), Needle("T", 4.0, 5.0))
+    labels, centres = patch_targets(scene, [1.0, 2.5, 3.5, 4.5], grid=6)
+    assert labels.shape == (4, 36, 4) and centres.shape == (4, 36, 6)
+    grid = labels.reshape(4, 6, 6, 4)
+    column = {name: place for place, name in enumerate(TARGETS)}
+    # At 1 s the middle of the ring is at (0.5, 0.5): patches around it show it, the corner does not.
+    shown = 1 + TARGETS["shape"].index("ring")
+    assert grid[0, 2, 2, column["shape"]] == shown and grid[0, 0, 0].tolist() == [0, 0, 0, 0]
+    assert grid[0, 2, 2, column["colour"]] == 1 + list(COLOURS).index("blue")
+    assert grid[0, 2, 2, column["direction"]] == 1 + list(DIRECTIONS).index("right")
+    assert grid[1, 3, 4, column["shape"]] == shown and grid[1, 3, 4, column["direction"]] == 0
+    assert not grid[2].any()
+    assert (grid[3, ..., column["letter"]] == 1 + TARGETS["letter"].index("T")).all() and not grid[3, ..., :3].any()
+    here = centres.reshape(4, 6, 6, 6)
+    np.testing.assert_allclose(here[0, 2, 2, 2:], [0.5, 0.5, 0.7, 0.5], atol=1e-6)  # rounding of float32
+    np.testing.assert_allclose(here[1, 3, 4, :4], [0.5, 0.5, 0.7, 0.5], atol=1e-6)
+    assert np.isnan(here[0, 2, 2, :2]).all() and np.isnan(here[1, 3, 4, 4:]).all() and np.isnan(here[3]).all()
+
+
+def test_lessons_of_a_phase_are_clips_of_their_length() -> None:
+    for phase in PHASES:
+        frames, labels, centres = PatchLabels(phase, size=24, grid=3, first_seed=7)[5]
+        assert frames.shape == (phase.num_frames, 24, 24, 3)
+        assert labels.shape == (phase.num_frames, 9, 4) and centres.shape == (phase.num_frames, 9, 6)
+
+
+def test_conversations_are_about_one_kind() -> None:
+    kinds: Counter[str] = Counter()
+    for seed in range(300):
+        questions = all_questions(make_scene(seed))
+        chosen = choose_questions(questions, random.Random(seed))
+        assert 1 <= len(chosen) <= MAX_TURNS and len(set(chosen)) == len(chosen)
+        main = {question.kind for question in chosen} - set(HARMLESS_KINDS)
+        assert len(main) <= 1
+        spans = [question.bucket.split()[1] for question in chosen if question.kind == "when"]
+        assert len(set(spans)) == len(spans)
+        kinds.update(question.kind for question in chosen)
+    assert min(kinds[kind] for kind in ("colour", "shape", "direction", "order", "at_time", "when", "needle")) >= 30
+
+
+def test_rows_of_a_batch_have_one_form_and_repeat() -> None:
+    stage = next(stage for stage in STAGES if stage.captions > 0 and stage.events > 0)
+    data = CorpusConversations(stage, size=24, num_frames=16, first_seed=0)
+    forms = set()
+    for batch in range(12):
+        requests = set()
+        for index in range(8 * batch, 8 * batch + 8):
+            messages = data[index]["messages"]
+            question = messages[0]["content"][1]["text"]
+            requests.add(question if question in ("Describe the video .", "List the events .") else "question")
+            assert messages[0]["content"][0]["type"] == "video" and messages[1]["role"] == "assistant"
+            assert data[index]["messages"][1] == messages[1]
+        assert len(requests) == 1
+        forms |= requests
+    assert len(forms) == 3
