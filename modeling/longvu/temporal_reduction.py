@@ -3,9 +3,9 @@
 Paper: LongVU (arXiv 2410.17434), Sec. 3.1. Original read: Vision-CAIR/LongVU, `cambrian_arch.py`, `select_frame`.
 
 Two rules. "original": windows of 16 frames, the mean similarity includes the frame itself, the middle frame of a
-window always stays, and only videos of at least `limit` frames are reduced. "paper": windows of 8 frames, the mean runs
-over the other frames, every video is reduced; the frame least like the others stays where the threshold would empty a
-window.
+window always stays, and only videos of at least `limit` frames are reduced. "paper": windows of 8 frames, the mean
+runs over the other frames, every video is reduced; the frame least like the others stays where the threshold would
+empty a window.
 
 Shapes: F frames, N values of a frame's features, m frames of a window, T kept frames.
 """
