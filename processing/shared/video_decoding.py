@@ -1,7 +1,7 @@
 """Decodes chosen frames of a video in one forward pass, jumping to keyframes where that skips work.
 
-Kept frames are turned into RGB and resized at once, so that memory holds the result and a handful of frames in
-flight, whatever the length of the video.
+Kept frames are turned into RGB one by one and resized at once, so that memory holds the result and a handful of
+frames in flight, whatever the length of the video.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -57,16 +57,40 @@ def decode_wanted(
     """
     height, width = size if size is not None else (info.height, info.width)
     frames = np.empty((len(wanted), height, width, 3), dtype=np.uint8)
+    decoded, used = decode_each(info, wanted, backend=backend, num_threads=num_threads, progress=progress)
+    for place, frame in decoded:
+        # Resized one by one and at once: a second thread for this gave unequal frames.
+        frames[place] = resize_rgb(frame, (height, width))
+    return frames, used
+
+
+def decode_each(
+    info: VideoInfo, wanted: np.ndarray, *, backend: str, num_threads: int, progress: bool | None
+) -> tuple[Iterator[tuple[int, np.ndarray]], str]:
+    """Decode distinct frames one after another, so that the caller decides how many of them are held.
+
+    Args:
+        info: Facts of the video.
+        wanted: (F,) int64 ascending distinct frame indices in the source.
+        backend: "auto", "pyav" or "torchcodec".
+        num_threads: Decoder threads, 0 for as many as there are cores.
+        progress: As in `read_video`.
+
+    Returns:
+        Iterator over (place in `wanted`, (H, W, 3) uint8 RGB) in ascending order, and the name of the backend. The
+        file stays open until the iterator ends or is closed.
+
+    Raises:
+        ImportError: torchcodec was asked for and cannot be imported.
+        ValueError: Nothing can be decoded (while iterating).
+    """
     if backend != "pyav":
         decoder = open_torchcodec(info, num_threads=num_threads, required=backend == "torchcodec")
         if decoder is not None:
-            fill_from_torchcodec(decoder, wanted, size, frames)
-            return frames, "torchcodec"
+            return frames_from_torchcodec(decoder, wanted), "torchcodec"
     span = int(wanted[-1] - wanted[0]) + 1
     shown = progress if progress is not None else span >= LONG_VIDEO_FRAMES and sys.stderr.isatty()
-    with progress_bar(len(wanted), shown=shown) as bar:
-        fill_from_pyav(info, wanted, size, frames, num_threads=num_threads, advance=bar.update)
-    return frames, "pyav"
+    return frames_from_pyav(info, wanted, num_threads=num_threads, shown=shown), "pyav"
 
 
 @contextlib.contextmanager
@@ -86,45 +110,37 @@ def progress_bar(total: int, *, shown: bool) -> Iterator:
         yield bar
 
 
-def fill_from_pyav(
-    info: VideoInfo,
-    wanted: np.ndarray,
-    size: tuple[int, int] | None,
-    frames: np.ndarray,
-    *,
-    num_threads: int,
-    advance: Callable[[int], object],
-) -> None:
-    """Decode distinct frames with PyAV into a prepared array.
+def frames_from_pyav(
+    info: VideoInfo, wanted: np.ndarray, *, num_threads: int, shown: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode distinct frames with PyAV.
 
     Args:
         info: Facts of the video.
         wanted: (F,) int64 ascending distinct frame indices in the source.
-        size: (height, width) to resize to or None.
-        frames: (F, height, width, 3) uint8 array that receives RGB.
         num_threads: Decoder threads, 0 for as many as there are cores.
-        advance: Called with 1 for every frame that was kept.
+        shown: Whether to show a progress bar.
+
+    Yields:
+        Place in `wanted` and (H, W, 3) uint8 RGB, H and W those of `info` after rotation.
 
     Raises:
         ValueError: Nothing can be decoded.
     """
-    height, width = frames.shape[1:3]
     quarter_turns = info.rotation // 90
-
-    def keep(place: int, frame: av.VideoFrame) -> None:
-        rgb = frame.to_ndarray(format="rgb24")
-        if quarter_turns:
-            rgb = np.ascontiguousarray(np.rot90(rgb, quarter_turns))
-        # A stream may change its size on the way; all kept frames get the size of the first.
-        frames[place] = resize_rgb(rgb, (height, width))
-        advance(1)
-
     done, may_skip = 0, info.pts is not None
-    while done < len(wanted):
-        with open_video(Path(info.path), num_threads=num_threads) as (container, stream):
-            done = walk(container, stream, info, wanted, done, keep, may_skip=may_skip)
-        # Ends early only where skipping went wrong; the second attempt decodes every frame from the begin.
-        may_skip = False
+    with progress_bar(len(wanted), shown=shown) as bar:
+        while done < len(wanted):
+            with open_video(Path(info.path), num_threads=num_threads) as (container, stream):
+                for place, frame in walk(container, stream, info, wanted, done, may_skip=may_skip):
+                    rgb = frame.to_ndarray(format="rgb24")
+                    if quarter_turns:
+                        rgb = np.ascontiguousarray(np.rot90(rgb, quarter_turns))
+                    yield place, rgb
+                    done = place + 1
+                    bar.update(1)
+            # Ends early only where skipping went wrong; the second attempt decodes every frame from the begin.
+            may_skip = False
 
 
 def walk(
@@ -133,23 +149,21 @@ def walk(
     info: VideoInfo,
     wanted: np.ndarray,
     done: int,
-    keep: Callable[[int, "av.VideoFrame"], None],
     *,
     may_skip: bool,
-) -> int:
-    """Go through an open video once and keep the wanted frames.
+) -> Iterator[tuple[int, "av.VideoFrame"]]:
+    """Go through an open video once and give the wanted frames.
 
     Args:
         container: Freshly opened container.
         stream: Its video stream.
         info: Facts of the video.
         wanted: (F,) int64 ascending distinct frame indices in the source.
-        done: Number of wanted frames that are kept already.
-        keep: Called with the place in `wanted` and the decoded frame.
+        done: Number of wanted frames that were given already.
         may_skip: Whether to jump to keyframes and to leave out frames that no other frame needs.
 
-    Returns:
-        The number of wanted frames kept now; below F only when skipping lost a wanted frame.
+    Yields:
+        Place in `wanted` and decoded frame; ends before the last place only when skipping lost a wanted frame.
 
     Raises:
         ValueError: Nothing can be decoded.
@@ -174,42 +188,37 @@ def walk(
             jumped, last, before = False, frame, done
             while done < len(wanted) and stamp >= targets[done]:
                 if needed is not None and stamp != targets[done]:
-                    return done
-                keep(done, frame)
+                    return
+                yield done, frame
                 done += 1
             if done == len(wanted):
-                return done
+                return
             if done > before:
                 position = int(wanted[done - 1]) + 1
                 if may_skip and keyframe_before(info, wanted[done]) - position >= MIN_JUMP_FRAMES:
                     break
         else:
             if not jumped:
-                return keep_last(info, wanted, done, last, keep)
+                yield from repeat_last(info, wanted, done, last)
+                return
             earlier += 1
         if earlier > MAX_STEPS_BACK:
-            return done
-    return done
+            return
 
 
-def keep_last(
-    info: VideoInfo,
-    wanted: np.ndarray,
-    done: int,
-    last: "av.VideoFrame | None",
-    keep: Callable[[int, "av.VideoFrame"], None],
-) -> int:
+def repeat_last(
+    info: VideoInfo, wanted: np.ndarray, done: int, last: "av.VideoFrame | None"
+) -> Iterator[tuple[int, "av.VideoFrame"]]:
     """Stand in for frames at the end that the decoder did not give.
 
     Args:
         info: Facts of the video.
         wanted: (F,) int64 ascending distinct frame indices in the source.
-        done: Number of wanted frames that are kept already.
+        done: Number of wanted frames that were given already.
         last: The last decoded frame, None when there is none.
-        keep: Called with the place in `wanted` and the frame.
 
-    Returns:
-        F.
+    Yields:
+        Place in `wanted` and the last frame, for every place that is left.
 
     Raises:
         ValueError: There is no decoded frame.
@@ -222,8 +231,7 @@ def keep_last(
         stacklevel=2,
     )
     for place in range(done, len(wanted)):
-        keep(place, last)
-    return len(wanted)
+        yield place, last
 
 
 def keyframe_before(info: VideoInfo, index: int) -> int:
@@ -292,18 +300,16 @@ def open_torchcodec(info: VideoInfo, *, num_threads: int, required: bool) -> obj
     return None
 
 
-def fill_from_torchcodec(
-    decoder: object, wanted: np.ndarray, size: tuple[int, int] | None, frames: np.ndarray
-) -> None:
-    """Decode distinct frames with torchcodec, a few at a time, into a prepared array.
+def frames_from_torchcodec(decoder: object, wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Decode distinct frames with torchcodec, a few at a time.
 
     Args:
         decoder: Object of `open_torchcodec`.
         wanted: (F,) int64 ascending distinct frame indices in the source.
-        size: (height, width) to resize to or None.
-        frames: (F, height, width, 3) uint8 array that receives RGB.
+
+    Yields:
+        Place in `wanted` and (H, W, 3) uint8 RGB.
     """
     for begin in range(0, len(wanted), TORCHCODEC_BATCH):
         chunk = wanted[begin : begin + TORCHCODEC_BATCH].tolist()
-        for offset, frame in enumerate(decoder.get_frames_at(indices=chunk).data.numpy()):
-            frames[begin + offset] = resize_rgb(frame, frames.shape[1:3] if size is None else size)
+        yield from enumerate(decoder.get_frames_at(indices=chunk).data.numpy(), start=begin)

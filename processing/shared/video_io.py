@@ -4,7 +4,8 @@ Works on files, addresses, folders and lists of frame pictures; `video_probe` fi
 `video_decoding` decodes what is wanted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.frame_sampling import check_rate, check_window, clip_range
-from longvideo.processing.shared.video_decoding import decode_wanted
+from longvideo.processing.shared.video_decoding import decode_each, decode_wanted
 from longvideo.processing.shared.video_probe import VideoInfo, probe_video
 from longvideo.processing.shared.video_sources import (
     VideoSource,
@@ -21,9 +22,10 @@ from longvideo.processing.shared.video_sources import (
     list_pictures,
     local_path,
     read_picture,
+    resize_rgb,
 )
 
-__all__ = ["SourceVideoMetadata", "VideoInfo", "describe_video", "probe_video", "read_video"]
+__all__ = ["SourceVideoMetadata", "VideoInfo", "describe_video", "opened_video", "probe_video", "read_video"]
 
 BACKENDS = ("auto", "pyav", "torchcodec")
 SampleIndices = Callable[[VideoMetadata], Sequence[int] | np.ndarray]
@@ -131,6 +133,89 @@ def read_video(
     if len(unique) != len(wanted) or np.any(inverse != np.arange(len(wanted))):
         frames = frames[inverse]
     return frames, metadata
+
+
+@contextlib.contextmanager
+def opened_video(
+    source: VideoSource,
+    *,
+    sample_indices_fn: SampleIndices,
+    start: float | None = None,
+    end: float | None = None,
+    backend: str = "auto",
+    num_threads: int = 0,
+    progress: bool | None = None,
+    fps: float | None = None,
+) -> Iterator[tuple[SourceVideoMetadata, Iterator[np.ndarray]]]:
+    """Open a video whose wanted frames are given one after another, at the size of the source.
+
+    Args:
+        source: As in `read_video`.
+        sample_indices_fn: As in `read_video`; the indices must ascend, repeated ones are allowed.
+        start: As in `read_video`.
+        end: As in `read_video`.
+        backend: As in `read_video`.
+        num_threads: As in `read_video`.
+        progress: As in `read_video`.
+        fps: As in `read_video`.
+
+    Yields:
+        The metadata that `read_video` gives, and an iterator over the (H, W, 3) uint8 RGB frames, decoded on the way.
+
+    Raises:
+        FileNotFoundError: No such file.
+        OSError: A download failed.
+        ValueError: As in `read_video`, or indices that run backwards.
+        ImportError: torchcodec was asked for and cannot be imported.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown video backend {backend!r}, expected one of {', '.join(BACKENDS)}.")
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(downloaded(source)) if is_remote(source) else source
+        pictures = frame_pictures(local)
+        info = file_info(local, fps) if pictures is None else pictures_info(pictures, picture_rate(pictures, fps))
+        metadata, first = cut_metadata(info, start=start, end=end)
+        wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
+        if np.any(np.diff(wanted) < 0):
+            raise ValueError(f"Frames are given in the order of the video, but the indices {wanted} run backwards.")
+        metadata.frames_indices = wanted.tolist()
+        metadata.frame_times = info.frame_times[wanted].tolist()
+        unique, counts = np.unique(wanted, return_counts=True)
+        if pictures is None:
+            decoded, metadata.video_backend = decode_each(
+                info, unique, backend=backend, num_threads=num_threads, progress=progress
+            )
+            stack.callback(decoded.close)
+            size = (info.height, info.width)
+            # A stream may change its size on the way; all frames get the size of the first.
+            frames = (resize_rgb(frame, size) for _, frame in decoded)
+        else:
+            metadata.video_backend = "pictures"
+            frames = same_size(read_picture(pictures[index], None) for index in unique)
+        yield metadata, (frame for frame, count in zip(frames, counts, strict=True) for _ in range(count))
+
+
+def same_size(frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Pass frames on that all have one size.
+
+    Args:
+        frames: (H, W, 3) frames.
+
+    Yields:
+        The same frames.
+
+    Raises:
+        ValueError: A frame has another size than the first.
+    """
+    shape = None
+    for frame in frames:
+        shape = shape or frame.shape[:2]
+        if frame.shape[:2] != shape:
+            raise ValueError(
+                f"The frame pictures differ in size (height, width): {shape} and {frame.shape[:2]}. Bring them to one "
+                "size first."
+            )
+        yield frame
 
 
 def frame_pictures(source: VideoSource) -> list[Path] | None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from longvideo.processing.shared import video_decoding
 from longvideo.processing.shared.frame_sampling import dynamic_fps1_indices, num_frames_indices
-from longvideo.processing.shared.video_io import describe_video, probe_video, read_video
+from longvideo.processing.shared.video_io import describe_video, opened_video, probe_video, read_video
 from tests.videos import frame_number, make_frame_folder, make_gif, make_sound, make_video, numbered_frame
 
 read_with_pyav = functools.partial(read_video, backend="pyav")
@@ -31,6 +31,20 @@ def numbers(frames: np.ndarray) -> list[int]:
 def every(metadata: object) -> range:
     """Sampler that takes all frames."""
     return range(metadata.total_num_frames)
+
+
+def list_decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Times of all frames that the decoder gives from now on."""
+    decoded = []
+    original = video_decoding.decode_frames
+
+    def counting(container: object, stream: object, needed: object = None) -> Iterator[av.VideoFrame]:
+        for frame in original(container, stream, needed):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_decoding, "decode_frames", counting)
+    return decoded
 
 
 KINDS = {
@@ -85,15 +99,7 @@ def test_sparse_reading_decodes_little(tmp_path: Path, name: str, monkeypatch: p
     path = make_video(tmp_path / name, 600, 25, (64, 48), codec, gop=50, b_frames=0 if codec == "libvpx" else 3)
     info = probe_video(path)
     assert info.num_frames == 600 and info.group_of_pictures == pytest.approx(50, rel=0.1)
-    decoded = []
-    original = video_decoding.decode_frames
-
-    def counting(container: object, stream: object, needed: object = None) -> Iterator[av.VideoFrame]:
-        for frame in original(container, stream, needed):
-            decoded.append(frame.pts)
-            yield frame
-
-    monkeypatch.setattr(video_decoding, "decode_frames", counting)
+    decoded = list_decoded(monkeypatch)
     wanted = [5, 203, 204, 449, 595]
     frames, _ = read_with_pyav(path, sample_indices_fn=lambda metadata: wanted)
     assert numbers(frames) == wanted
@@ -454,6 +460,33 @@ def test_memory_holds_only_kept_frames(tmp_path: Path, monkeypatch: pytest.Monke
     frames, _ = read_with_pyav(path, sample_indices_fn=lambda metadata: range(0, 100, 10), size=(16, 16))
     assert frames.shape == (10, 16, 16, 3) and frames.flags.owndata
     assert len(resized) == 10
+
+
+@pytest.mark.parametrize("kind", ["video", "pictures"])
+def test_opened_video_gives_the_frames_of_read_video_one_by_one(tmp_path: Path, kind: str) -> None:
+    source = make_video(tmp_path / "a.mp4") if kind == "video" else make_frame_folder(tmp_path / "frames", 24)
+    options = {"sample_indices_fn": lambda metadata: [3, 3, 9, 20], "backend": "pyav"}
+    expected, facts = read_video(source, **options)
+    with opened_video(source, **options) as (metadata, frames):
+        assert metadata == facts
+        assert numbers([next(frames)]) == [3]
+        rest = list(frames)
+    assert np.array_equal(np.stack(rest), expected[1:])
+
+
+def test_opened_video_decodes_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_video(tmp_path / "a.mp4", 96)
+    decoded = list_decoded(monkeypatch)
+    with opened_video(path, sample_indices_fn=every, backend="pyav") as (_, frames):
+        next(frames)
+        next(frames)
+    # The decoder may hold a few frames more than were asked for, the rest of the file is left alone.
+    assert len(decoded) < 20
+    with (
+        pytest.raises(ValueError, match="run backwards"),
+        opened_video(path, sample_indices_fn=lambda metadata: [4, 2]),
+    ):
+        pass
 
 
 def test_paths_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
