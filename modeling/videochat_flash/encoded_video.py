@@ -3,48 +3,16 @@
 Shapes: V visual tokens of a video, D language width, K clips, P patches of a clip.
 """
 
-import hashlib
-import json
 import os
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from longvideo.modeling.layers.feature_files import hash_tensors, load_features, save_features, video_source_key
 
 FORMAT = "longvideo.encoded_video.v1"
 
-
-def hash_tensors(*tensors: torch.Tensor) -> str:
-    """Returns the SHA-256 of shapes, types and values of tensors."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def video_source_key(path: str | os.PathLike, **settings: object) -> str:
-    """Names a video file and the settings it is processed with, before anything is decoded.
-
-    Args:
-        path: video file.
-        **settings: what decides the pixels: fps, num_frames, start and end in seconds, and so on; JSON values.
-
-    Returns:
-        SHA-256 over the file's bytes and the settings.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+__all__ = ["EncodedVideo", "hash_tensors", "video_source_key"]
 
 
 @dataclass
@@ -82,17 +50,10 @@ class EncodedVideo:
         Args:
             folder: made when absent; files of an earlier encoding are replaced.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"features.{i}": x.contiguous() for i, x in enumerate(self.features)}
-        tensors |= {f"merge_groups.{i}": x.contiguous() for i, x in enumerate(self.merge_groups)}
+        tensors = {f"features.{i}": x for i, x in enumerate(self.features)}
+        tensors |= {f"merge_groups.{i}": x for i, x in enumerate(self.merge_groups)}
         header = {"format": FORMAT, "key": self.key, "num_frames": self.num_frames, "num_videos": len(self)}
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            save_file(tensors, Path(scratch, "features.safetensors"))
-            header["tensors"] = hash_tensors(*tensors.values())
-            Path(scratch, "encoded_video.json").write_text(json.dumps(header, indent=1) + "\n")
-            for name in ("features.safetensors", "encoded_video.json"):
-                os.replace(Path(scratch, name), folder / name)
+        save_features(folder, tensors, header)
 
     @classmethod
     def load(cls, folder: str | os.PathLike, key: dict[str, str] | None = None) -> "EncodedVideo":
@@ -111,29 +72,8 @@ class EncodedVideo:
             ValueError: another format, damaged files, or a key that does not agree; the features would belong to
                 another video, other settings or another model.
         """
-        folder = Path(folder)
-        header_path = folder / "encoded_video.json"
-        if not header_path.is_file():
-            raise FileNotFoundError(f"No encoded video in {folder}: encoded_video.json is missing.")
-        try:
-            header = json.loads(header_path.read_text())
-            if header.get("format") != FORMAT:
-                raise ValueError(f"format {header.get('format')!r} instead of {FORMAT!r}")
-            tensors = load_file(folder / "features.safetensors")
-            count = header["num_videos"]
-            names = [f"{part}.{i}" for part in ("features", "merge_groups") for i in range(count)]
-            if hash_tensors(*(tensors[name] for name in names)) != header["tensors"]:
-                raise ValueError("the tensors are not those that the header describes")
-        except (ValueError, KeyError, OSError, SafetensorError) as error:
-            raise ValueError(
-                f"The encoded video in {folder} cannot be read: {error}. Encode the video again."
-            ) from error
-        for name, wanted in (key or {}).items():
-            if header["key"].get(name) != wanted:
-                raise ValueError(
-                    f"The encoded video in {folder} belongs to another {name}: stored {header['key'].get(name)}, "
-                    f"expected {wanted}. Encode the video again with the settings and the model of now."
-                )
+        tensors, header = load_features(folder, FORMAT, key=key)
+        count = header["num_videos"]
         return cls(
             [tensors[f"features.{i}"] for i in range(count)],
             [tensors[f"merge_groups.{i}"] for i in range(count)],

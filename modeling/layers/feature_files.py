@@ -1,0 +1,107 @@
+"""Features of a video in a folder: written whole or not at all, read only when they are what the caller expects.
+
+A folder holds `features.safetensors` and `encoded_video.json`, the header: format, what the features belong to (`key`)
+and whatever the architecture adds.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+TENSORS = "features.safetensors"
+HEADER = "encoded_video.json"
+
+
+def hash_tensors(*tensors: torch.Tensor) -> str:
+    """Returns the SHA-256 of shapes, types and values of tensors."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def video_source_key(path: str | os.PathLike, **settings: object) -> str:
+    """Names a video file and the settings it is processed with, before anything is decoded.
+
+    Args:
+        path: video file.
+        **settings: what decides the pixels: fps, num_frames, start and end in seconds, and so on; JSON values.
+
+    Returns:
+        SHA-256 over the file's bytes and the settings.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_features(folder: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict) -> None:
+    """Writes tensors and header into a folder, each under a temporary name first.
+
+    Args:
+        folder: made when absent; files of an earlier encoding are replaced.
+        tensors: by name, in the order in which they are hashed.
+        header: JSON values; `format`, `key`, and what else `load_features` shall give back.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        save_file(tensors, Path(scratch, TENSORS))
+        header = {**header, "names": list(tensors), "tensors": hash_tensors(*tensors.values())}
+        Path(scratch, HEADER).write_text(json.dumps(header, indent=1) + "\n")
+        for name in (TENSORS, HEADER):
+            os.replace(Path(scratch, name), folder / name)
+
+
+def load_features(
+    folder: str | os.PathLike, data_format: str, *, key: dict[str, str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Reads what `save_features` wrote.
+
+    Args:
+        folder: folder of `save_features`.
+        data_format: format that the header must name.
+        key: entries that must agree with the stored key.
+
+    Returns:
+        Tensors on the CPU and the header.
+
+    Raises:
+        FileNotFoundError: no encoding in that folder.
+        ValueError: another format, damaged files, or a key that does not agree; the features would belong to another
+            video, other settings or another model.
+    """
+    folder = Path(folder)
+    if not (folder / HEADER).is_file():
+        raise FileNotFoundError(f"No encoded video in {folder}: {HEADER} is missing.")
+    try:
+        header = json.loads((folder / HEADER).read_text())
+        if header.get("format") != data_format:
+            raise ValueError(f"format {header.get('format')!r} instead of {data_format!r}")
+        tensors = load_file(folder / TENSORS)
+        if hash_tensors(*(tensors[name] for name in header["names"])) != header["tensors"]:
+            raise ValueError("the tensors are not those that the header describes")
+        stored_key = dict(header["key"])
+    except (ValueError, KeyError, OSError, SafetensorError) as error:
+        raise ValueError(f"The encoded video in {folder} cannot be read: {error}. Encode the video again.") from error
+    for name, wanted in (key or {}).items():
+        if stored_key.get(name) != wanted:
+            raise ValueError(
+                f"The encoded video in {folder} belongs to another {name}: stored {stored_key.get(name)}, expected "
+                f"{wanted}. Encode the video again with the settings and the model of now."
+            )
+    return tensors, header
