@@ -127,8 +127,8 @@ class LongVUConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     dino_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    image_token_id: int = 152064
-    video_token_id: int = 152065
+    image_token_id: int = 151646
+    video_token_id: int = 151647
     vision_hidden_size: int = 1024
     vision_grid_size: int = 24
     num_query_group: int = 1
