@@ -5,20 +5,17 @@ tensor by tensor into a temporary folder beside the destination, which is rename
 What belongs to one architecture is in a subclass of `ArchitectureConversion` (`convert_<architecture>.py`).
 """
 
-import json
 import os
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from longvideo.conversion.checkpoint_io import (
     SAFETENSORS_DTYPES,
-    Checkpoint,
-    SafetensorsFile,
     TensorInfo,
     alignment_order,
     read_json,
@@ -34,6 +31,24 @@ from longvideo.conversion.destination import (
     require_space,
 )
 from longvideo.conversion.key_map import KeyMap, collapse_numbers
+from longvideo.conversion.originals import (
+    ORIGINAL_FOLDER,
+    keep_originals,
+    kept_parts,
+    original_shards,
+    restore_dropped,
+    restore_originals,
+    stored_names,
+    write_dropped,
+)
+from longvideo.conversion.parts import (
+    Part,
+    SourceCheckpoint,
+    check_part_folders,
+    find_parts,
+    read_part_configs,
+    split_parts,
+)
 from longvideo.conversion.report import REPORT_NAME, ConversionReport, TensorRow
 
 if TYPE_CHECKING:
@@ -50,11 +65,8 @@ __all__ = [
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
-ORIGINAL_FOLDER = "original"
-DROPPED_FILE = "dropped.safetensors"
-SMALL_FILE_SUFFIXES = {".json", ".txt", ".jinja", ".md", ".model", ".tiktoken"}
-MAX_SMALL_FILE_BYTES = 64_000_000
 NAN_CHECK_VALUES = 1 << 20
+NO_PARTS: Mapping[str, Any] = MappingProxyType({})
 CONVERSIONS: dict[str, "ArchitectureConversion"] = {}
 
 Decorate = Callable[[Path, dict[str, Any]], None]
@@ -66,8 +78,10 @@ class ArchitectureConversion(ABC):
     Attributes:
         name: The native `model_type`.
         original_model_types: The `model_type` values of original checkpoints.
+        parts: Checkpoints that the original reads beside its own.
     """
 
+    parts: tuple[Part, ...] = ()
     name: str
     original_model_types: tuple[str, ...]
 
@@ -76,12 +90,14 @@ class ArchitectureConversion(ABC):
         """Raise ValueError if the original config is not of this architecture or of a kind that is not supported."""
 
     @abstractmethod
-    def key_map(self, config: dict[str, Any]) -> KeyMap:
-        """Return the table for this original config."""
+    def key_map(self, config: dict[str, Any], names: Collection[str] = ()) -> KeyMap:
+        """Return the table for this original config; `names` are the source's tensors where layouts differ in them."""
 
     @abstractmethod
-    def build_config(self, config: dict[str, Any]) -> "PreTrainedConfig":
-        """Return the native config for an original one."""
+    def build_config(
+        self, config: dict[str, Any], parts: Mapping[str, dict[str, Any]] = NO_PARTS
+    ) -> "PreTrainedConfig":
+        """Return the native config for an original one and those of its parts."""
 
     @abstractmethod
     def original_config(self, config: "PreTrainedConfig") -> dict[str, Any]:
@@ -99,6 +115,15 @@ class ArchitectureConversion(ABC):
     def write_companions(self, config: "PreTrainedConfig", source: Path, folder: Path) -> list[str]:
         """Write generation config and processor into `folder`, complete `config` with token ids, return notes."""
 
+    def check_parts(  # noqa: B027 (most architectures have no parts)
+        self, config: dict[str, Any], parts: Mapping[str, dict[str, Any]], infos: Mapping[str, TensorInfo]
+    ) -> None:
+        """Raise ValueError if the parts do not fit the checkpoint, whose headers are `infos`."""
+
+    def original_parts(self, config: "PreTrainedConfig") -> dict[str, dict[str, Any]]:
+        """Return the parts' original configs for a native one (used when no verbatim copies were kept)."""
+        return {}
+
     def expected_shapes(self, config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
         """Return name and shape of every native tensor, without allocating any.
 
@@ -108,9 +133,14 @@ class ArchitectureConversion(ABC):
         Returns:
             Native name to shape.
         """
+        from transformers.core_model_loading import revert_weight_conversion
+
         with torch.device("meta"):
             model = self.build_model(config)
-        return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        # Files have the names that save_pretrained gives, which differ from a module's own where versions of
+        # Transformers renamed parts of their models.
+        stored = revert_weight_conversion(model, model.state_dict())
+        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
 def register_conversion(conversion: ArchitectureConversion) -> None:
@@ -168,6 +198,7 @@ def convert_checkpoint(
     *,
     dtype: str = "keep",
     model_type: str = "auto",
+    parts: Mapping[str, str | os.PathLike[str] | None] = NO_PARTS,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     sha256: bool = False,
@@ -181,6 +212,8 @@ def convert_checkpoint(
         destination: Folder to create.
         dtype: "keep", "bf16", "fp16" or "fp32" for floating-point weights.
         model_type: "auto" or the native model_type to insist on.
+        parts: Folders of checkpoints that the original reads beside its own, by option ("vision_tower"). Without an
+            entry a part is looked for in its sub-folder of the source.
         overwrite: Replace an existing destination (at the end, in one step).
         max_shard_bytes: Largest size of a weight file in bytes.
         sha256: Also record the SHA-256 of the source's weight files.
@@ -192,7 +225,7 @@ def convert_checkpoint(
 
     Raises:
         ValueError: if the source is of another architecture, has holes, damaged files or values that are not finite.
-        FileNotFoundError: if the source or a shard is missing.
+        FileNotFoundError: if the source, a shard or a part is missing.
         FileExistsError: if the destination exists and is not empty.
         OSError: if the disk is full; the destination is untouched then.
     """
@@ -200,16 +233,22 @@ def convert_checkpoint(
     original = read_json(source / "config.json")
     conversion = find_conversion(original, model_type)
     conversion.check_config(original)
-    config = conversion.build_config(original)
-    with Checkpoint(source) as checkpoint, partial_folder(destination) as folder:
+    part_folders = find_parts(conversion.parts, source, parts, conversion.name)
+    check_part_folders(part_folders, destination)
+    part_configs = read_part_configs(part_folders)
+    with SourceCheckpoint(source, conversion.parts, part_folders) as checkpoint, partial_folder(destination) as folder:
+        conversion.check_parts(original, part_configs, checkpoint.infos)
+        config = conversion.build_config(original, part_configs)
         report = ConversionReport("forward", conversion.name, source.name, DTYPES.get(dtype, "keep"))
-        plan_rows(report, checkpoint, conversion.key_map(original).rename, native_shapes(conversion, config))
+        report.notes += checkpoint.notes
+        rename = conversion.key_map(original, checkpoint.infos.keys()).rename
+        plan_rows(report, checkpoint, rename, native_shapes(conversion, config))
         settle_tied_weights(report, checkpoint, config)
         report.require_complete()
         shards = split_shards([row.target_info for row in report.kept], max_shard_bytes)
         require_space(destination.parent, sum(row.target_info.nbytes for row in report.rows))
         folder.mkdir()
-        keep_originals(report, source, folder / ORIGINAL_FOLDER, checkpoint.files)
+        keep_originals(report, source, folder / ORIGINAL_FOLDER, checkpoint, part_folders)
         write_shards(report, checkpoint, shards, folder, progress=progress)
         write_dropped(report, checkpoint, folder / ORIGINAL_FOLDER)
         config.dtype = SAFETENSORS_DTYPES[report.main_dtype]
@@ -262,20 +301,22 @@ def reverse_checkpoint(
         )
     conversion = CONVERSIONS[given]
     config = conversion.load_config(source)
-    original = restored_config(conversion, config, source)
-    rename = conversion.key_map(original).inverse().rename
-    with Checkpoint(source) as checkpoint, partial_folder(destination) as folder:
+    original, part_configs = restored_configs(conversion, config, source)
+    rename = conversion.key_map(original, stored_names(source)).inverse().rename
+    with SourceCheckpoint(source) as checkpoint, partial_folder(destination) as folder:
         report = ConversionReport("reverse", conversion.name, source.name, DTYPES.get(dtype, "keep"))
         expected = {rename(name): shape for name, shape in native_shapes(conversion, config).items()}
         plan_rows(report, checkpoint, rename, expected)
         settle_tied_weights(report, checkpoint, config, rename)
         report.require_complete()
         restored = restore_dropped(report, source / ORIGINAL_FOLDER)
-        shards = original_shards(source / ORIGINAL_FOLDER, [row.target_info for row in report.kept], max_shard_bytes)
+        divided = split_parts([row.target_info for row in report.kept], conversion.parts)
         require_space(destination.parent, sum(row.target_info.nbytes for row in report.rows))
         folder.mkdir()
-        restore_originals(report, source, folder, original)
-        write_shards(report, checkpoint, shards, folder, progress=progress, extra=restored)
+        restore_originals(report, source, folder, original, part_configs)
+        for part, infos in divided.items():
+            shards = original_shards(source / ORIGINAL_FOLDER / part, infos, max_shard_bytes)
+            write_shards(report, checkpoint, shards, folder, part=part, progress=progress, extra=restored)
         finish(report, checkpoint, folder, sha256=sha256, decorate=None)
         move_into_place(folder, destination)
     return report
@@ -291,7 +332,7 @@ def native_shapes(conversion: ArchitectureConversion, config: "PreTrainedConfig"
 
 def plan_rows(
     report: ConversionReport,
-    checkpoint: Checkpoint,
+    checkpoint: SourceCheckpoint,
     rename: Callable[[str], str | None],
     expected: dict[str, tuple[int, ...]],
 ) -> None:
@@ -316,7 +357,7 @@ def plan_rows(
 
 def settle_tied_weights(
     report: ConversionReport,
-    checkpoint: Checkpoint,
+    checkpoint: SourceCheckpoint,
     config: "PreTrainedConfig",
     rename: Callable[[str], str | None] = lambda name: name,
 ) -> None:
@@ -343,14 +384,18 @@ def settle_tied_weights(
 
 def write_shards(
     report: ConversionReport,
-    checkpoint: Checkpoint,
+    checkpoint: SourceCheckpoint,
     shards: dict[str, list[TensorInfo]],
     folder: Path,
     *,
+    part: str = "",
     progress: bool,
     extra: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Stream every kept tensor into its file and write the index; `extra` holds tensors that have no source row."""
+    """Stream every kept tensor into its file and write the index; `extra` holds tensors that have no source row.
+
+    With `part`, files go into that sub-folder and the tensors of `shards` are those of that part.
+    """
     from tqdm import tqdm
 
     sources = {row.target: row.source for row in report.kept}
@@ -359,22 +404,23 @@ def write_shards(
 
         def stream(infos: list[TensorInfo]) -> Iterator[torch.Tensor]:
             for info in infos:
-                if extra and info.name in extra:
-                    yield extra[info.name]
+                name = f"{part}/{info.name}" if part else info.name
+                if extra and name in extra:
+                    yield extra[name]
                 else:
-                    yield checked_tensor(checkpoint, sources[info.name], info)
+                    yield checked_tensor(checkpoint, sources[name], info)
                 bar.update(info.nbytes)
 
         for file, infos in shards.items():
             ordered = alignment_order(infos)
-            write_safetensors(folder / file, ordered, stream(ordered))
-    write_index(folder, shards)
+            write_safetensors(folder / part / file, ordered, stream(ordered))
+    write_index(folder / part, shards)
 
 
-def checked_tensor(checkpoint: Checkpoint, source: TensorInfo, target: TensorInfo) -> torch.Tensor:
+def checked_tensor(checkpoint: SourceCheckpoint, source: TensorInfo, target: TensorInfo) -> torch.Tensor:
     """Read one tensor, refuse NaN and infinity by name, and cast it."""
     tensor = checkpoint.read(source.name)
-    require_finite(tensor, f"{source.name} in {checkpoint.folder / source.file}")
+    require_finite(tensor, f"{source.name} in {checkpoint.files[source.file]}")
     if target.dtype == source.dtype:
         return tensor
     cast = tensor.to(SAFETENSORS_DTYPES[target.dtype])
@@ -401,91 +447,30 @@ def require_finite(tensor: torch.Tensor, what: str) -> None:
             )
 
 
-def keep_originals(report: ConversionReport, source: Path, folder: Path, weight_files: list[str]) -> None:
-    """Copy config, tokenizer and other small files verbatim, so that --reverse can give them back."""
-    folder.mkdir()
-    for path in sorted(source.iterdir()):
-        small = path.is_file() and path.stat().st_size <= MAX_SMALL_FILE_BYTES
-        if small and (path.suffix in SMALL_FILE_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))):
-            if path.name != REPORT_NAME:
-                shutil.copyfile(path, folder / path.name)
-        elif path.name not in weight_files and not path.name.startswith("."):
-            report.files_left.append(path.name)
-
-
-def write_dropped(report: ConversionReport, checkpoint: Checkpoint, folder: Path) -> None:
-    """Keep the tensors that the key map drops in a side file, so that --reverse can give them back."""
-    infos = alignment_order([row.source for row in report.dropped])
-    if infos:
-        write_safetensors(folder / DROPPED_FILE, infos, (checkpoint.read(info.name) for info in infos))
-
-
-def restored_config(conversion: ArchitectureConversion, config: "PreTrainedConfig", source: Path) -> dict[str, Any]:
-    """Return the original config: the one kept at conversion, or one written from the native config."""
-    path = source / ORIGINAL_FOLDER / "config.json"
-    if not path.is_file():
-        return conversion.original_config(config)
-    original = read_json(path)
-    was = native_shapes(conversion, conversion.build_config(original))
+def restored_configs(
+    conversion: ArchitectureConversion, config: "PreTrainedConfig", source: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the original config and those of its parts: kept at conversion, or written from the native config."""
+    kept = source / ORIGINAL_FOLDER
+    if not (kept / "config.json").is_file():
+        return conversion.original_config(config), conversion.original_parts(config)
+    original = read_json(kept / "config.json")
+    parts = kept_parts(kept, [part.name for part in conversion.parts])
+    was = native_shapes(conversion, conversion.build_config(original, parts))
     now = native_shapes(conversion, config)
     changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if changed:
         raise ValueError(
-            f"{path} describes a model of other sizes than {source / 'config.json'} ({changed[0]}: "
+            f"{kept / 'config.json'} describes a model of other sizes than {source / 'config.json'} ({changed[0]}: "
             f"{was.get(changed[0])} against {now.get(changed[0])}). Remove the folder {ORIGINAL_FOLDER} to have the "
             "original config written anew."
         )
-    return original
-
-
-def restore_dropped(report: ConversionReport, folder: Path) -> dict[str, torch.Tensor]:
-    """Add the tensors kept in the side file to the report and return them."""
-    if not (folder / DROPPED_FILE).is_file():
-        return {}
-    file = SafetensorsFile(folder / DROPPED_FILE)
-    tensors = {name: file.read(name) for name in file.infos}
-    report.rows += [TensorRow(info, name, "keep") for name, info in file.infos.items()]
-    file.close()
-    return tensors
-
-
-def original_shards(folder: Path, infos: list[TensorInfo], max_bytes: int) -> dict[str, list[TensorInfo]]:
-    """Divide the tensors as the kept index of the original does, or by size when there is none that fits."""
-    by_name = {info.name: info for info in infos}
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            weight_map: dict[str, str] = read_json(folder / index).get("weight_map", {})
-            if weight_map.keys() != by_name.keys():
-                continue
-            shards: dict[str, list[TensorInfo]] = {}
-            for name, file in weight_map.items():
-                file = file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
-                shards.setdefault(Path(file).name, []).append(by_name[name])
-            return dict(sorted(shards.items()))
-    return split_shards(infos, max_bytes)
-
-
-def restore_originals(report: ConversionReport, source: Path, folder: Path, original: dict[str, Any] | None) -> None:
-    """Copy the kept files back; `original` is the config to write when no verbatim one was kept."""
-    kept = source / ORIGINAL_FOLDER
-    verbatim = (kept / "config.json").is_file()
-    skipped = {DROPPED_FILE, REPORT_NAME, "model.safetensors.index.json", "pytorch_model.bin.index.json"}
-    if not verbatim:
-        skipped |= {"config.json", "README.md"}
-        (folder / "config.json").write_text(json.dumps(original, indent=2) + "\n", encoding="utf-8")
-        report.notes.append(
-            "the folder holds no copy of the original config, so one was written from config.json; tokenizer files "
-            "are those of the converted model."
-        )
-    for path in sorted((kept if verbatim else source).iterdir()):
-        known = path.suffix in SMALL_FILE_SUFFIXES or path.name.startswith(("LICENSE", "NOTICE"))
-        if path.is_file() and known and path.name not in skipped:
-            shutil.copyfile(path, folder / path.name)
+    return original, parts
 
 
 def finish(
     report: ConversionReport,
-    checkpoint: Checkpoint,
+    checkpoint: SourceCheckpoint,
     folder: Path,
     *,
     sha256: bool,
@@ -493,7 +478,7 @@ def finish(
 ) -> None:
     """Complete and store the report and let the caller add to the folder."""
     if sha256:
-        report.hash_sources(checkpoint.folder, checkpoint.files)
+        report.hash_sources(checkpoint.files)
     if report.dtype != "keep" and any(row.source.dtype != row.target_info.dtype for row in report.kept):
         report.notes.append(
             f"weights were cast to {report.dtype}; the way back gives {report.dtype}, not the source's values."

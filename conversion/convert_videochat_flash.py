@@ -8,10 +8,11 @@ that every entry below is a plain rename.
 import re
 import shutil
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvideo.conversion.base import ArchitectureConversion, KeyMap, register_conversion
+from longvideo.conversion.base import NO_PARTS, ArchitectureConversion, KeyMap, register_conversion
 from longvideo.conversion.checkpoint_io import read_json
 
 if TYPE_CHECKING:
@@ -194,22 +195,26 @@ class VideoChatFlashConversion(ArchitectureConversion):
                     f"expected {' or '.join(values)}."
                 )
 
-    def key_map(self, config: dict[str, Any]) -> KeyMap:
+    def key_map(self, config: dict[str, Any], names: Collection[str] = ()) -> KeyMap:
         """Return the table for the tower that the config names.
 
         Args:
             config: The original config.json.
+            names: Not needed; there is one layout.
 
         Returns:
             The table.
         """
         return KeyMap({**TEXT_KEYS, **PROJECTOR_KEYS, **TOWER_KEYS[tower_sizes(config)["model_type"]]})
 
-    def build_config(self, config: dict[str, Any]) -> "PreTrainedConfig":
+    def build_config(
+        self, config: dict[str, Any], parts: Mapping[str, dict[str, Any]] = NO_PARTS
+    ) -> "PreTrainedConfig":
         """Return the native config for an original one, without placeholder ids.
 
         Args:
             config: The original config.json.
+            parts: Not needed; the tower is in the checkpoint.
 
         Returns:
             A `VideoChatFlashConfig`; the placeholders lie just beyond the embedding table, which the model allows.

@@ -117,15 +117,14 @@ class ConversionReport:
                 "these weights and that the checkpoint is complete."
             )
 
-    def hash_sources(self, folder: Path, files: list[str]) -> None:
+    def hash_sources(self, files: dict[str, Path]) -> None:
         """Record the SHA-256 of the source's weight files.
 
         Args:
-            folder: The source.
-            files: Names of its weight files.
+            files: Its weight files by the name to record.
         """
-        for file in files:
-            with open(folder / file, "rb") as handle:
+        for file, path in files.items():
+            with open(path, "rb") as handle:
                 self.source_sha256[file] = hashlib.file_digest(handle, "sha256").hexdigest()
 
     def as_dict(self) -> dict[str, Any]:

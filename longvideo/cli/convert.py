@@ -22,6 +22,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-type", default="auto", help="architecture to insist on when config.json names another (default: auto)"
     )
+    parser.add_argument(
+        "--vision-tower", metavar="DIR", help="LongVU: folder of the SigLIP tower (default: SRC/towers/siglip)"
+    )
+    parser.add_argument(
+        "--dino-tower", metavar="DIR", help="LongVU: folder of the DINOv2 tower (default: SRC/towers/dinov2)"
+    )
     parser.add_argument("--reverse", action="store_true", help="write a converted folder back in the original layout")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists, at the end")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file in GB (default: 5)")
@@ -54,7 +60,10 @@ def run(args: argparse.Namespace) -> int:
         "sha256": args.sha256,
         "progress": not args.quiet,
     }
+    parts = {"vision_tower": args.vision_tower, "dino_tower": args.dino_tower}
     if args.reverse:
+        if any(parts.values()):
+            raise ValueError("--vision-tower and --dino-tower have no meaning with --reverse: SRC holds the towers.")
         if args.model_type != "auto":
             raise ValueError("--model-type has no meaning with --reverse: the folder's config.json says what it is.")
         report = reverse_checkpoint(args.source, args.destination, **common)
@@ -63,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             args.source,
             args.destination,
             model_type=args.model_type,
+            parts=parts,
             decorate=None if args.no_card else partial(write_card, name=Path(args.destination).name),
             **common,
         )
