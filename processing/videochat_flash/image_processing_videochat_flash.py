@@ -1,11 +1,8 @@
 """Images of VideoChat-Flash: the whole picture as one tile, followed by a grid of tiles at a larger size."""
 
-from os import PathLike, fspath
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import (
@@ -14,12 +11,10 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
-    is_valid_image,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs
 
+from longvideo.processing.shared.image_inputs import image_to_tensor, load_images
 from longvideo.processing.shared.pixels import best_resolution, cut_tiles, pad_to_square, resize_exact
 
 ASPECT_RATIOS = ("anyres_nopad", "pad", "square")
@@ -94,15 +89,7 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
         Returns:
             The same structure with loaded images.
         """
-        if isinstance(image_url_or_urls, list | tuple):
-            return [self.fetch_images(entry) for entry in image_url_or_urls]
-        if isinstance(image_url_or_urls, str | PathLike):
-            return load_image(fspath(image_url_or_urls))
-        if is_valid_image(image_url_or_urls):
-            return image_url_or_urls
-        raise TypeError(
-            f"Expected an image, a path, an address, or lists of them, got {type(image_url_or_urls).__name__}."
-        )
+        return load_images(image_url_or_urls)
 
     def process_image(
         self,
@@ -123,21 +110,7 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
         Returns:
             (C, H, W) tensor with the values of the image.
         """
-        if isinstance(image, Image.Image):
-            pixels = torch.from_numpy(np.array(image.convert("RGB") if do_convert_rgb else image))
-            input_data_format = ChannelDimension.LAST
-        else:
-            # A copy where torch would warn about arrays that must not be written to.
-            pixels = torch.as_tensor(np.require(image, requirements="W") if isinstance(image, np.ndarray) else image)
-        if pixels.ndim == 2:
-            pixels, input_data_format = pixels[None], ChannelDimension.FIRST
-        if input_data_format is None:
-            input_data_format = infer_channel_dimension_format(pixels, num_channels=(1, 3, 4))
-        if ChannelDimension(input_data_format) == ChannelDimension.LAST:
-            pixels = pixels.permute(2, 0, 1)
-        if do_convert_rgb and pixels.shape[0] != 3:
-            pixels = pixels[:1].expand(3, -1, -1) if pixels.shape[0] < 3 else pixels[:3]
-        return pixels.contiguous().to(device) if device is not None else pixels.contiguous()
+        return image_to_tensor(image, do_convert_rgb=do_convert_rgb, data_format=input_data_format, device=device)
 
     def _preprocess(
         self,

@@ -1,34 +1,27 @@
 """The processor of VideoChat-Flash: messages with videos and images to model inputs."""
 
-import inspect
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import make_flat_list_of_images
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessorMixin, TextKwargs, VideosKwargs
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from longvideo.processing.shared.chat_templates import load_chat_template
-from longvideo.processing.shared.messages import check_question, prepare_conversation
-from longvideo.processing.shared.placeholders import (
-    check_not_truncated,
-    check_placeholder_count,
-    check_token_budget,
-    mask_of_spans,
-    shift_spans,
+from longvideo.processing.shared.placeholders import check_token_budget
+from longvideo.processing.shared.processor_calls import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    apply_template,
+    check_items,
+    count_kept,
+    count_token,
+    placeholder_id,
 )
 from longvideo.processing.shared.timestamps import TIME_MESSAGE, format_time_message
-from longvideo.processing.shared.video_inputs import flatten_videos
 from longvideo.processing.videochat_flash import register as _register
 
-IMAGE_TOKEN = "<|image_pad|>"
-VIDEO_TOKEN = "<|video_pad|>"
 CHAT_TEMPLATE = "qwen_chatml"
-# What a user typed may be marked as plain text by newer versions of Transformers; it then stands for no item.
-UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 # Tokenizers without a limit of their own carry a number of about 1e30.
 UNLIMITED = 10**9
 
@@ -132,51 +125,7 @@ class VideoChatFlashProcessor(ProcessorMixin):
         Raises:
             ValueError: A block names no video or several, a question is empty, or as the processors say.
         """
-        conversation, options = prepare_conversation(conversation)
-        if kwargs.get("add_generation_prompt"):
-            check_question(conversation)
-        processor_kwargs = dict(kwargs.pop("processor_kwargs", None) or {})
-        # The oldest supported Transformers forgets processor_kwargs when some of them stand beside it.
-        for name in sorted(call_option_names(self) & set(kwargs) - set(base_parameters())):
-            processor_kwargs[name] = kwargs.pop(name)
-        if kwargs.get("tokenize"):
-            if any(options):
-                processor_kwargs["video_options"] = options
-            if kwargs.get("return_assistant_tokens_mask") and not hasattr(
-                ProcessorMixin, "_adjust_assistant_masks_indices"
-            ):
-                return self._with_assistant_masks(conversation, chat_template, processor_kwargs, kwargs)
-        return super().apply_chat_template(
-            conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
-        )
-
-    def _with_assistant_masks(
-        self, conversation: Any, chat_template: str | None, processor_kwargs: dict, kwargs: dict
-    ) -> BatchFeature:
-        # Before 5.2x the library looks for the spans in the text before placeholders were expanded.
-        kwargs = {**kwargs, "return_assistant_tokens_mask": False}
-        return_tensors = kwargs.pop("return_tensors", None)
-        processor_kwargs.update(return_offsets_mapping=True, return_text_replacement_offsets=True)
-        inputs = super().apply_chat_template(
-            conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
-        )
-        batch = conversation if isinstance(conversation[0], list | tuple) else [conversation]
-        template_kwargs = {key: value for key, value in kwargs.items() if key not in base_parameters()}
-        _, spans = render_jinja_template(
-            conversations=batch,
-            chat_template=chat_template or self.chat_template,
-            return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **template_kwargs},
-        )
-        offsets = inputs.pop("offset_mapping")
-        replaced = inputs.pop("text_replacement_offsets") or [[]] * len(batch)
-        inputs["assistant_masks"] = [
-            mask_of_spans(
-                shift_spans(row_spans, [(entry["span"], entry["new_span"]) for entry in row_replaced]), row_offsets
-            )
-            for row_spans, row_replaced, row_offsets in zip(spans, replaced, offsets, strict=True)
-        ]
-        return inputs.convert_to_tensors(tensor_type=return_tensors)
+        return apply_template(self, super().apply_chat_template, conversation, chat_template, kwargs)
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -216,19 +165,9 @@ class VideoChatFlashProcessor(ProcessorMixin):
         Raises:
             ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
         """
-        if audio is not None or kwargs.get("audios") is not None:
-            raise ValueError("VideoChat-Flash takes no sound; leave `audio` out and pass the video only.")
-        if text is None and images is None and videos is None:
-            raise ValueError("Nothing was given; expected text, images or videos.")
-        if text is None:
-            return
-        if not isinstance(text, list) or not all(isinstance(sample, str) for sample in text):
-            raise ValueError(f"text must be a prompt or a list of prompts, got {text!r}.")
-        num_images = len(make_flat_list_of_images(images)) if images is not None else 0
-        num_videos = len(flatten_videos(videos)) if videos is not None else 0
-        for kind, token, count in (("image", self.image_token, num_images), ("video", self.video_token, num_videos)):
-            found = sum(count_token(sample, token) for sample in text)
-            check_placeholder_count(kind=kind, token=token, num_placeholders=found, num_items=count)
+        sound = audio if audio is not None else kwargs.get("audios")
+        tokens = {"image": self.image_token, "video": self.video_token}
+        check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name="VideoChat-Flash")
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -316,79 +255,17 @@ class VideoChatFlashProcessor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
         rows = text_inputs["input_ids"]
         rows = rows.tolist() if hasattr(rows, "tolist") else [list(row) for row in rows]
-        visual = [0] * len(rows)
-        for kind, token, token_id in (
-            ("image", self.image_token, self.image_token_id),
-            ("video", self.video_token, self.video_token_id),
-        ):
-            kept = [row.count(token_id) for row in rows]
-            expected = [count_token(sample, token) for sample in text]
-            check_not_truncated(kind=kind, expected=expected, kept=kept, max_length=max(map(len, rows)))
-            visual = [before + now for before, now in zip(visual, kept, strict=True)]
+        tokens = {
+            "image": (self.image_token, self.image_token_id),
+            "video": (self.video_token, self.video_token_id),
+        }
+        visual = count_kept(text, rows, tokens=tokens)
         limit = getattr(self.tokenizer, "model_max_length", None)
         masks = text_inputs.get("attention_mask")
         for index, row in enumerate(rows):
             used = int(sum(masks[index])) if masks is not None else len(row)
             if visual[index] and limit is not None and limit < UNLIMITED:
                 check_token_budget(num_tokens=used, num_visual_tokens=visual[index], max_tokens=limit)
-
-
-def count_token(text: str, token: str) -> int:
-    """Count the placeholders of a prompt.
-
-    Args:
-        text: Prompt.
-        token: Placeholder token.
-
-    Returns:
-        How often it occurs, places marked as plain text left out.
-    """
-    return len(re.findall(UNMARKED + re.escape(token), text))
-
-
-def placeholder_id(tokenizer: Any, token: str) -> int:
-    """Look up the id of a placeholder token.
-
-    Args:
-        tokenizer: The tokenizer.
-        token: The token.
-
-    Returns:
-        Its id.
-
-    Raises:
-        ValueError: The tokenizer does not know the token as one piece.
-    """
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != token:
-        raise ValueError(
-            f"The tokenizer does not know the placeholder {token!r}. Add it: "
-            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{token!r}]}}), and resize the embeddings."
-        )
-    return token_id
-
-
-def call_option_names(processor: ProcessorMixin) -> set[str]:
-    """List the options that may be given to a processor at call time.
-
-    Args:
-        processor: Processor with image and video processor.
-
-    Returns:
-        Names of tokenizer, image and video options.
-    """
-    kinds = [TextKwargs, ImagesKwargs, VideosKwargs]
-    kinds += [part.valid_kwargs for part in (processor.image_processor, processor.video_processor) if part is not None]
-    return {name for kind in kinds for name in kind.__annotations__}
-
-
-def base_parameters() -> list[str]:
-    """List the parameters that `apply_chat_template` of Transformers has by itself.
-
-    Returns:
-        Their names.
-    """
-    return list(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
 
 
 _register()

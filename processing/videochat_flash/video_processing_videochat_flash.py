@@ -19,25 +19,23 @@ from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.frame_sampling import (
     check_rate,
-    clip_range,
     dynamic_fps1_indices,
     fps_indices,
     num_frames_indices,
     whole_clips,
 )
-from longvideo.processing.shared.messages import BLOCK_OPTIONS
 from longvideo.processing.shared.pixels import resize_exact
-from longvideo.processing.shared.video_inputs import (
-    channels_first,
-    complete_clip,
-    describe_array,
-    flatten_metadata,
-    flatten_videos,
-    to_metadata,
-)
+from longvideo.processing.shared.video_inputs import complete_clip
 from longvideo.processing.shared.video_io import SourceVideoMetadata, read_video
-
-SAMPLING_OPTIONS = ("num_frames", "fps", "min_frames", "max_frames")
+from longvideo.processing.shared.video_options import (
+    check_available,
+    check_limits,
+    keeps_every_frame,
+    list_sources,
+    pil_filter,
+    read_array,
+    sampling_wishes,
+)
 
 
 class VideoChatFlashVideoProcessorKwargs(VideosKwargs, total=False):
@@ -112,19 +110,10 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
             FileNotFoundError: No such file.
             ValueError: A video cannot be read, or the options do not fit it.
         """
-        sources = flatten_videos(videos)
-        if not sources:
-            raise ValueError("No video was given; expected at least one path, address, array or list of frames.")
-        metadata = flatten_metadata(kwargs.pop("video_metadata", None), len(sources))
-        options = list(kwargs.pop("video_options", None) or [{}] * len(sources))
-        if len(options) != len(sources):
-            raise ValueError(
-                f"video_options has {len(options)} entries for {len(sources)} videos; give one per video."
-            )
-        read = [
-            self.read_source(source, metadata=given, options=dict(own), call=kwargs)
-            for source, given, own in zip(sources, metadata, options, strict=True)
-        ]
+        sources = list_sources(
+            videos, metadata=kwargs.pop("video_metadata", None), options=kwargs.pop("video_options", None)
+        )
+        read = [self.read_source(source, metadata=given, options=own, call=kwargs) for source, given, own in sources]
         kwargs.pop("input_data_format", None)
         kwargs.update(do_sample_frames=False, input_data_format=ChannelDimension.FIRST)
         return super().preprocess(
@@ -157,19 +146,8 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         Raises:
             ValueError: `num_frames` and `fps` exclude each other.
         """
-        rule: dict[str, Any] = {"num_frames": None, "fps": None}
-        for level in (options, call, vars(self)):
-            if level.get("num_frames") is not None and level.get("fps") is not None:
-                raise ValueError(
-                    f"num_frames={level['num_frames']} and fps={level['fps']} exclude each other; give one of them."
-                )
-            if level.get("num_frames") is not None or level.get("fps") is not None:
-                rule.update(num_frames=level.get("num_frames"), fps=level.get("fps"))
-                break
-        for name in ("min_frames", "max_frames"):
-            rule[name] = next((level[name] for level in (options, call) if level.get(name) is not None), None)
+        rule = sampling_wishes(options, call, vars(self))
         rule["mm_local_num_frames"] = self.option("mm_local_num_frames", call)
-        rule["asked"] = any(level.get(name) is not None for level in (options, call) for name in SAMPLING_OPTIONS)
         return rule
 
     def sample_frames(
@@ -200,11 +178,7 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
 
         Source: VideoChat-Flash `get_frame_indices`, rule dynamic_fps1, when neither `num_frames` nor `fps` is given.
         """
-        total = metadata.total_num_frames
-        if num_frames is not None and num_frames > total:
-            raise ValueError(
-                f"num_frames={num_frames} frames were asked for, but the video has {total}. Ask for {total} or fewer."
-            )
+        check_available(num_frames, metadata.total_num_frames)
         rule = {"num_frames": num_frames, "fps": fps, "min_frames": min_frames, "max_frames": max_frames}
         rule["mm_local_num_frames"] = mm_local_num_frames
         return self.choose_frames(metadata, rule)
@@ -279,15 +253,18 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         Returns:
             (F, C, H, W) frames, F a multiple of the clip length, and where they come from.
         """
-        unknown = sorted(set(options) - set(BLOCK_OPTIONS.values()))
-        if unknown:
-            raise ValueError(f"Unknown video options {unknown}, expected some of {sorted(BLOCK_OPTIONS.values())}.")
         rule = self.sampling_rule(options, call)
         do_sample = self.option("do_sample_frames", call)
-        given = options.get("metadata")
-        metadata = metadata if given is None else to_metadata(given)
         if isinstance(source, np.ndarray | torch.Tensor):
-            frames, facts = self.read_array(source, metadata, options, rule, do_sample, call)
+            frames, facts = read_array(
+                source,
+                metadata=metadata,
+                options=options,
+                rule=rule,
+                do_sample=do_sample,
+                data_format=call.get("input_data_format"),
+                choose=lambda known: self.choose_frames(known, rule),
+            )
         else:
             frames, facts = self.read_file(source, options, rule, do_sample, call)
         return complete_clip(frames, facts, rule["mm_local_num_frames"])
@@ -300,13 +277,7 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         do_sample: bool | None,
         call: Mapping[str, Any],
     ) -> tuple[torch.Tensor, SourceVideoMetadata]:
-        is_pictures = isinstance(source, list | tuple)
-        if is_pictures and do_sample:
-            raise ValueError(
-                "Sampling frames from a list of images is not supported! Set `do_sample_frames=False`, "
-                "or pass the folder of the frames."
-            )
-        keep_all = do_sample is False or is_pictures
+        keep_all = keeps_every_frame(source, do_sample)
         size, resample = self.option("size", call), self.option("resample", call)
         height, width = (
             (size.get("height"), size.get("width")) if isinstance(size, Mapping | SizeDict) else (None, None)
@@ -328,47 +299,6 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         )
         frames_FCHW = torch.from_numpy(frames).permute(0, 3, 1, 2)
         return frames_FCHW, facts
-
-    def read_array(
-        self,
-        source: np.ndarray | torch.Tensor,
-        metadata: VideoMetadata | None,
-        options: Mapping[str, Any],
-        rule: Mapping[str, Any],
-        do_sample: bool | None,
-        call: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, SourceVideoMetadata]:
-        frames_FCHW = channels_first(source, call.get("input_data_format"))
-        count = len(frames_FCHW)
-        times = options.get("timestamps")
-        if times is not None and len(times) != count:
-            raise ValueError(f"{len(times)} timestamps were given for {count} frames; give one time in seconds each.")
-        is_sampled = times is not None or (metadata is not None and metadata.frames_indices is not None)
-        rate = metadata.fps if metadata is not None else None
-        facts = describe_array(frames_FCHW, metadata, times=times, duration=options.get("duration"))
-        cut = options.get("start") is not None or options.get("end") is not None
-        if is_sampled or (do_sample is None and not rule["asked"] and rate is None) or do_sample is False:
-            if cut:
-                raise ValueError(
-                    "video_start and video_end need a file, or frames with a known rate that were not sampled before."
-                )
-            return frames_FCHW, facts
-        # Indices are counted in the array; a total from elsewhere would point past its end.
-        facts.total_num_frames, facts.fps = count, rate
-        first = 0
-        if cut:
-            first, facts.total_num_frames, facts.duration = clip_range(
-                count, check_rate(rate), start=options.get("start"), end=options.get("end")
-            )
-        if rule["num_frames"] is not None and rule["num_frames"] > facts.total_num_frames:
-            raise ValueError(
-                f"num_frames={rule['num_frames']} frames were asked for, but the video has {facts.total_num_frames}. "
-                f"Ask for {facts.total_num_frames} or fewer."
-            )
-        indices = self.choose_frames(facts, rule) + first
-        facts.frames_indices = indices
-        facts.frame_times = [float(index) / rate for index in indices] if rate else None
-        return frames_FCHW[torch.from_numpy(indices)], facts
 
     def _preprocess(
         self,
@@ -412,32 +342,3 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         counts = torch.tensor([len(video) for video in processed], dtype=torch.int64)
         data = {"pixel_values_videos": torch.cat(processed), "video_num_frames": counts}
         return BatchFeature(data, tensor_type=return_tensors)
-
-
-def check_limits(least: int, largest: int) -> None:
-    """Check that two limits of the number of frames do not contradict each other.
-
-    Args:
-        least: Least number of frames.
-        largest: Largest number of frames, 0 for no limit.
-
-    Raises:
-        ValueError: They do.
-    """
-    if least > largest > 0:
-        raise ValueError(f"min_frames={least} is above max_frames={largest}; lower the first or raise the second.")
-
-
-def pil_filter(resample: Any) -> int:
-    """Turn any way to name a filter into PIL's number.
-
-    Args:
-        resample: PIL filter, number, torchvision mode or None.
-
-    Returns:
-        PIL's number of the filter; bicubic for None.
-    """
-    if resample is None:
-        return int(PILImageResampling.BICUBIC)
-    name = getattr(resample, "value", resample)
-    return int(PILImageResampling[name.upper()]) if isinstance(name, str) else int(name)
