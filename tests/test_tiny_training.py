@@ -7,7 +7,7 @@ import numpy as np
 
 from longvideo.evaluation.corpus import all_questions, make_scene
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
-from longvideo.tiny_training.tower import PHASES, TARGETS, PatchLabels, patch_targets
+from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
 from longvideo.tiny_training.train import HARMLESS_KINDS, MAX_TURNS, STAGES, CorpusConversations, choose_questions
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))
@@ -35,7 +35,7 @@ def test_patches_are_labelled_with_what_they_show() -> None:
 
 
 def test_lessons_of_a_phase_are_clips_of_their_length() -> None:
-    for phase in PHASES:
+    for phase in (IMAGES, CLIPS):
         frames, labels, centres = PatchLabels(phase, size=24, grid=3, first_seed=7)[5]
         assert frames.shape == (phase.num_frames, 24, 24, 3)
         assert labels.shape == (phase.num_frames, 9, 4) and centres.shape == (phase.num_frames, 9, 6)

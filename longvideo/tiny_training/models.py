@@ -13,6 +13,7 @@ from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoCha
 from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
 from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
 from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
+from longvideo.tiny_training.tower import CLIPS, IMAGES, TowerLessons
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
 NUM_TOKENIZER_SCENES = 1500
@@ -28,11 +29,13 @@ class TinyModel:
 
     Args:
         build: returns a fresh model and its processor.
+        lessons: how its towers are taught before anything else.
         frame_size: side of the frames in pixels.
         num_frames: frames per video.
     """
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    lessons: tuple[TowerLessons, ...]
     frame_size: int
     num_frames: int
 
@@ -136,4 +139,14 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
     return VideoChatFlashForConditionalGeneration(config), processor
 
 
-TINY_MODELS = {"videochat_flash": TinyModel(build_videochat_flash, FRAME_SIZE, NUM_FRAMES)}
+VIDEOCHAT_FLASH_LESSONS = TowerLessons(
+    "tower",
+    tower=lambda model: model.model.vision_tower,
+    encode=lambda tower, clips: tower(clips).last_hidden_state,
+    statistics=lambda processor: (
+        list(processor.video_processor.image_mean),
+        list(processor.video_processor.image_std),
+    ),
+    phases=(IMAGES, CLIPS),
+)
+TINY_MODELS = {"videochat_flash": TinyModel(build_videochat_flash, (VIDEOCHAT_FLASH_LESSONS,), FRAME_SIZE, NUM_FRAMES)}

@@ -9,6 +9,7 @@ only be told by a tower that finds the same shape again.
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from transformers import ProcessorMixin
 
 from longvideo.evaluation.corpus import Difficulty, make_scene, render_frames, sample_times
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, LETTERS, SHAPES, UNITS, Scene
@@ -51,10 +53,8 @@ class Phase:
 # Single frames first: a step then sees over a hundred different pictures instead of a few videos. For the same reason
 # a clip lesson sees one clip of a scene, of scenes in which most shapes move.
 MOVING = Difficulty(shapes=(1, 2, 2, 3), move=1.0, needle=0.1)
-PHASES = (
-    Phase("images", 1, "full", 128, 1200, 1.5e-3, 50, ("shape", "colour", "letter")),
-    Phase("clips", 4, MOVING, 32, 2500, 1e-3, 50, ("shape", "colour", "letter", "direction")),
-)
+IMAGES = Phase("images", 1, "full", 128, 1200, 1.5e-3, 50, ("shape", "colour", "letter"))
+CLIPS = Phase("clips", 4, MOVING, 32, 2500, 1e-3, 50, ("shape", "colour", "letter", "direction"))
 # A patch belongs to a shape when its middle is this part of a patch or less outside of the shape's radius.
 MARGIN = 0.3
 
@@ -136,26 +136,57 @@ def _head_loss(logits: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor
     return loss, (logits[shown].argmax(-1) == wanted[shown]).float().mean().item()
 
 
-def pretrain_tower(tower: nn.Module, *, mean: list[float], std: list[float], first_seed: int, log: Path) -> None:
+@dataclass(frozen=True)
+class TowerLessons:
+    """How one tower of a tiny model is taught.
+
+    Args:
+        name: of its file and in the log.
+        tower: takes a model and gives its tower.
+        encode: takes the tower and (B, F, 3, height, width) normalised frames, and gives (B, F * L, E) features.
+        statistics: takes a processor and gives mean and standard deviation of the tower's pixels.
+        phases: what is taught, in order.
+    """
+
+    name: str
+    tower: Callable[[nn.Module], nn.Module]
+    encode: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    statistics: Callable[[ProcessorMixin], tuple[list[float], list[float]]]
+    phases: tuple[Phase, ...]
+
+
+def pretrain_tower(
+    lessons: TowerLessons, model: nn.Module, processor: ProcessorMixin, *, first_seed: int, log: Path
+) -> None:
     """Trains a tower in place, through all phases.
 
     Args:
-        tower: takes (clips, frames, 3, height, width) and gives patch features.
-        mean: of the processor's normalisation.
-        std: of the processor's normalisation.
+        lessons: which tower, and how.
+        model: model that holds it.
+        processor: of the model.
         first_seed: number of the first scene.
         log: file that gets one JSON object per line.
     """
+    tower = lessons.tower(model)
     heads = nn.ModuleDict({name: nn.Linear(tower.config.hidden_size, 1 + len(TARGETS[name])) for name in TARGETS})
     heads["centres"] = nn.Linear(tower.config.hidden_size, 6)
     tower.train()
-    for phase in PHASES:
-        _run_phase(phase, tower, heads, mean=mean, std=std, first_seed=first_seed, log=log)
+    for phase in lessons.phases:
+        _run_phase(
+            phase, lessons, tower, heads, statistics=lessons.statistics(processor), first_seed=first_seed, log=log
+        )
         first_seed += phase.batch_size * phase.num_steps
 
 
 def _run_phase(
-    phase: Phase, tower: nn.Module, heads: nn.ModuleDict, *, mean: list, std: list, first_seed: int, log: Path
+    phase: Phase,
+    lessons: TowerLessons,
+    tower: nn.Module,
+    heads: nn.ModuleDict,
+    *,
+    statistics: tuple[list[float], list[float]],
+    first_seed: int,
+    log: Path,
 ) -> None:
     config = tower.config
     data = PatchLabels(
@@ -169,8 +200,7 @@ def _run_phase(
     start = time.monotonic()
     batches = DataLoader(data, phase.batch_size, num_workers=1, prefetch_factor=4)
     for step, (frames, labels, centres) in enumerate(batches, start=1):
-        clips = _normalise(frames, mean, std)
-        features = tower(clips).last_hidden_state  # (B, T * L, E)
+        features = lessons.encode(tower, _normalise(frames, *statistics))  # (B, F * L, E)
         wanted = labels.view(*features.shape[:2], -1)
         losses, accuracy = [], {}
         for name in phase.targets:
@@ -190,6 +220,12 @@ def _run_phase(
         rate.step()
         if step % 50 == 0:
             seconds = round(time.monotonic() - start)
-            line = {"stage": f"0-{phase.name}", "step": step, "loss": round(total.item(), 4), "run_seconds": seconds}
+            line = {
+                "stage": f"0-{lessons.name}-{phase.name}",
+                "step": step,
+                "loss": round(total.item(), 4),
+                "run_seconds": seconds,
+                **accuracy,
+            }
             with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({**line, **accuracy}) + "\n")
+                file.write(json.dumps(line) + "\n")

@@ -287,19 +287,20 @@ def export(model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, l
     partial.rename(folder)
 
 
-def _pretrain(model: PreTrainedModel, processor: ProcessorMixin, path: Path, *, seed: int, log: Path) -> None:
-    """Trains the tower by itself and saves it under a temporary name first."""
-    images = processor.video_processor
-    pretrain_tower(
-        model.model.vision_tower,
-        mean=list(images.image_mean),
-        std=list(images.image_std),
-        first_seed=seed * 10_000_000 + 5_000_000,
-        log=log,
-    )
-    path.parent.mkdir(exist_ok=True)
-    save_file(model.model.vision_tower.state_dict(), path.with_suffix(".partial"))
-    path.with_suffix(".partial").rename(path)
+def _teach_towers(
+    spec: TinyModel, model: PreTrainedModel, processor: ProcessorMixin, folder: Path, *, seed: int, log: Path
+) -> None:
+    """Trains every tower by itself, or loads it, and saves it under a temporary name first."""
+    folder.mkdir(exist_ok=True)
+    for number, lessons in enumerate(spec.lessons):
+        path = folder / f"{lessons.name}.safetensors"
+        if path.exists():
+            lessons.tower(model).load_state_dict(load_file(path))
+            continue
+        first_seed = seed * 10_000_000 + 5_000_000 + number * 1_000_000
+        pretrain_tower(lessons, model, processor, first_seed=first_seed, log=log)
+        save_file(lessons.tower(model).state_dict(), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
 
 
 def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
@@ -319,11 +320,7 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     spec = TINY_MODELS[name]
     model, processor = spec.build()
-    tower_file = out / "0-tower" / "tower.safetensors"
-    if tower_file.exists():
-        model.model.vision_tower.load_state_dict(load_file(tower_file))
-    else:
-        _pretrain(model, processor, tower_file, seed=seed, log=out / "log.jsonl")
+    _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
     for stage in STAGES:
         done = out / stage.name / "done"
         if done.exists():
