@@ -1,6 +1,7 @@
 """Which source frames a model looks at: pure functions from counts and rates to zero-based frame indices.
 
-Sources: VideoChat-Flash (arXiv 2501.00574), training code `get_frame_indices` (rules `dynamic_fps1` and `middle`).
+Sources: VideoChat-Flash (arXiv 2501.00574), training code `get_frame_indices` (rules `dynamic_fps1` and `middle`);
+LongVU (arXiv 2410.17434), demo, training and evaluation code (strides).
 Every function returns a sorted int64 array; times in seconds follow from the indices in `video_io` only.
 """
 
@@ -208,6 +209,48 @@ def fps_indices(
         wanted = min(wanted, max_frames)
     wanted = min(max(wanted, min_frames), available)
     return middle_indices(total, max(wanted // local_num_frames, 1) * local_num_frames)
+
+
+def stride_indices(
+    num_frames_total: int, video_fps: float, *, fps: float = 1.0, round_rate: bool = False
+) -> np.ndarray:
+    """Choose every n-th frame from the first on, n being the whole number of frames nearest to the wanted distance.
+
+    Args:
+        num_frames_total: Number of frames of the source video.
+        video_fps: Source frames per second.
+        fps: Wanted frames per second of source time.
+        round_rate: Whether the rate of the source is rounded to a whole number first.
+
+    Returns:
+        (F,) int64 zero-based source frame indices 0, n, 2 n, ...
+
+    Raises:
+        ValueError: No frames, or a rate that is not positive.
+
+    Source: LongVU, `round(fps)` in the demo, `round(fps / video_fps)` in training, `round(round(fps) / 0.5)` in
+    evaluation.
+    """
+    total, rate = check_total(num_frames_total), check_rate(video_fps)
+    if not math.isfinite(fps) or fps <= 0:
+        raise ValueError(f"fps={fps}, expected a positive number of frames per second.")
+    step = round((round(rate) if round_rate else rate) / fps)
+    return np.arange(0, total, max(step, 1), dtype=np.int64)
+
+
+def thin_evenly(indices: np.ndarray, max_frames: int) -> np.ndarray:
+    """Keep at most so many of some indices, evenly spread.
+
+    Args:
+        indices: (F,) ascending frame indices.
+        max_frames: Largest number to keep, 0 for no limit.
+
+    Returns:
+        The indices at the places floor(k * F / max_frames), or all of them when there are not more.
+    """
+    if max_frames <= 0 or len(indices) <= max_frames:
+        return indices
+    return indices[np.arange(max_frames) * len(indices) // max_frames]
 
 
 def clip_range(

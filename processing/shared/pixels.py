@@ -36,25 +36,26 @@ def resize_exact(frames_NCHW: torch.Tensor, height: int, width: int, *, resample
     return resized.to(frames_NCHW.device)
 
 
-def pad_to_square(image_CHW: torch.Tensor, color: Sequence[int]) -> torch.Tensor:
-    """Put a picture into the middle of a square of one colour.
+def pad_to_square(image_CHW: torch.Tensor, color: Sequence[float]) -> torch.Tensor:
+    """Put a picture, or each of several frames, into the middle of a square of one colour.
 
     Args:
-        image_CHW: (C, H, W) picture.
+        image_CHW: (C, H, W) picture or (F, C, H, W) frames.
         color: Value of each channel, in the picture's own range.
 
     Returns:
-        (C, S, S) picture, S the longer side.
+        (C, S, S) picture or (F, C, S, S) frames, S the longer side.
 
-    Source: LLaVA `expand2square`; used by VideoChat-Flash for samples with several images.
+    Source: LLaVA `expand2square`; used by LongVU, and by VideoChat-Flash for samples with several images.
     """
-    num_channels, height, width = image_CHW.shape
-    side = max(height, width)
+    *lead, height, width = image_CHW.shape
     if height == width:
         return image_CHW
-    square_CSS = torch.as_tensor(color, dtype=image_CHW.dtype).view(num_channels, 1, 1).repeat(1, side, side)
+    side = max(height, width)
+    column = torch.as_tensor(color, dtype=image_CHW.dtype, device=image_CHW.device).view(lead[-1], 1, 1)
+    square_CSS = column.expand(*lead, side, side).clone()
     top, left = (side - height) // 2, (side - width) // 2
-    square_CSS[:, top : top + height, left : left + width] = image_CHW
+    square_CSS[..., top : top + height, left : left + width] = image_CHW
     return square_CSS
 
 
