@@ -3,13 +3,26 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2Config
+from transformers import (
+    Dinov2Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
 from longvideo.evaluation.corpus import all_questions, describe, make_scene
 from longvideo.modeling.encoders.umt.configuration_umt import UMTVisionConfig
+from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
+from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
+from longvideo.processing.longvu.image_processing_longvu import LongVUImageProcessor
+from longvideo.processing.longvu.processing_longvu import LongVUProcessor
+from longvideo.processing.longvu.video_processing_longvu import LongVUVideoProcessor
 from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
 from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
 from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
@@ -87,6 +100,25 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     )
 
 
+def build_text_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+    """Makes the configuration of the decoder that all tiny models have."""
+    return Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        initializer_range=INIT_STD,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Makes the tiny VideoChat-Flash, random, with its processor."""
     tokenizer = train_tokenizer()
@@ -104,21 +136,7 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
             position_num_frames=4,
             initializer_range=INIT_STD,
         ),
-        text_config=Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=192,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_key_value_heads=1,
-            max_position_embeddings=2048,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=True,
-            initializer_range=INIT_STD,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
+        text_config=build_text_config(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         tokens_per_frame=8,
@@ -139,14 +157,92 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
     return VideoChatFlashForConditionalGeneration(config), processor
 
 
-VIDEOCHAT_FLASH_LESSONS = TowerLessons(
-    "tower",
-    tower=lambda model: model.model.vision_tower,
-    encode=lambda tower, clips: tower(clips).last_hidden_state,
-    statistics=lambda processor: (
-        list(processor.video_processor.image_mean),
-        list(processor.video_processor.image_std),
+def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Makes the tiny LongVU, random, with its processor."""
+    tokenizer = train_tokenizer()
+    side = {"height": FRAME_SIZE, "width": FRAME_SIZE}
+    tower = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
+    config = LongVUConfig(
+        vision_config=SiglipVisionConfig(**tower, intermediate_size=288, image_size=FRAME_SIZE, vision_use_head=False),
+        dino_config=Dinov2Config(**tower, mlp_ratio=3, image_size=FRAME_SIZE, initializer_range=INIT_STD),
+        text_config=build_text_config(tokenizer),
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        vision_hidden_size=96,
+        vision_grid_size=FRAME_SIZE // 8,
+        image_token_len=9,
+        connector_depth=2,
+        connector_num_heads=4,
+        lowres_token=2,
+        context_length=512,
+        initializer_range=INIT_STD,
+    )
+    processor = LongVUProcessor(
+        image_processor=LongVUImageProcessor(size=side, dino_size=side),
+        tokenizer=tokenizer,
+        video_processor=LongVUVideoProcessor(size=side, dino_size=side),
+    )
+    return LongVUForConditionalGeneration(config), processor
+
+
+def encode_frames(tower: PreTrainedModel, clips: torch.Tensor) -> torch.Tensor:
+    """Encodes clips frame by frame with an image tower.
+
+    Args:
+        tower: tower of images, with or without a class token in front.
+        clips: (B, F, 3, height, width) normalised frames.
+
+    Returns:
+        (B, F * L, E) features of the patches.
+    """
+    features = tower(clips.flatten(0, 1)).last_hidden_state  # (B * F, [1 +] L, E)
+    num_patches = (tower.config.image_size // tower.config.patch_size) ** 2
+    return features[:, -num_patches:].unflatten(0, clips.shape[:2]).flatten(1, 2)
+
+
+TINY_MODELS = {
+    "videochat_flash": TinyModel(
+        build_videochat_flash,
+        (
+            TowerLessons(
+                "tower",
+                tower=lambda model: model.model.vision_tower,
+                encode=lambda tower, clips: tower(clips).last_hidden_state,
+                statistics=lambda processor: (
+                    processor.video_processor.image_mean,
+                    processor.video_processor.image_std,
+                ),
+                phases=(IMAGES, CLIPS),
+            ),
+        ),
+        FRAME_SIZE,
+        NUM_FRAMES,
     ),
-    phases=(IMAGES, CLIPS),
-)
-TINY_MODELS = {"videochat_flash": TinyModel(build_videochat_flash, (VIDEOCHAT_FLASH_LESSONS,), FRAME_SIZE, NUM_FRAMES)}
+    "longvu": TinyModel(
+        build_longvu,
+        (
+            TowerLessons(
+                "siglip",
+                tower=lambda model: model.model.vision_tower,
+                encode=encode_frames,
+                statistics=lambda processor: (
+                    processor.video_processor.image_mean,
+                    processor.video_processor.image_std,
+                ),
+                phases=(IMAGES,),
+            ),
+            TowerLessons(
+                "dino",
+                tower=lambda model: model.model.dino_tower,
+                encode=encode_frames,
+                statistics=lambda processor: (
+                    processor.video_processor.dino_image_mean,
+                    processor.video_processor.dino_image_std,
+                ),
+                phases=(IMAGES,),
+            ),
+        ),
+        FRAME_SIZE,
+        NUM_FRAMES,
+    ),
+}
