@@ -17,6 +17,8 @@ from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 
 NUM_TOWERS = 2
 NORM_EPS = 1e-5
+# Some CUDA attention kernels refuse more than 65,535 rows; a frame has 144 or 576 here.
+MAX_ATTENTION_ROWS = 32768
 
 
 def padding_of_grid(width: int, height: int, side: int) -> tuple[int, int]:
@@ -216,9 +218,10 @@ class LongVUSamplerAttention(nn.Module):
             setattr(self, name, projection)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def _split(self, tokens: torch.Tensor) -> torch.Tensor:
-        side, cut, heads = self.side, self.cut, self.num_heads
-        return tokens.view(tokens.shape[0], side, cut, side, cut, heads, -1)
+    def _cut_blocks(self, tokens: torch.Tensor) -> torch.Tensor:
+        frames, side, cut = tokens.shape[0], self.side, self.cut
+        blocks = tokens.view(frames, side, cut, side, cut, self.num_heads, -1).permute(0, 1, 3, 5, 2, 4, 6)
+        return blocks.reshape(frames * side * side, self.num_heads, cut * cut, -1)  # (F * Q, H, r * r, E / H)
 
     def forward(self, query: torch.Tensor, keys: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
         """Attends.
@@ -231,27 +234,19 @@ class LongVUSamplerAttention(nn.Module):
         Returns:
             (F, Q, E).
         """
-        frames, num_queries, width = query.shape
-        side, cut, heads = self.side, self.cut, self.num_heads
-        q = self.q_proj(query)  # (F, Q or 1, E)
-        grid = (side, side) if num_queries > 1 else (1, 1)
-        q = q.view(frames, grid[0], 1, grid[1], 1, heads, -1) * q.new_tensor((width // heads) ** -0.5)
-        scores, values = [], []
-        for t, key in enumerate(keys):
-            k = self._split(getattr(self, f"k_proj_{t}")(key))  # (F, n, r, n, r, H, E / H)
-            values.append(self._split(getattr(self, f"v_proj_{t}")(key)))
-            # Blocks hold a handful of keys each: a product and a sum beat thousands of tiny matrix products.
-            scores.append((q * k).sum(-1).permute(0, 1, 3, 5, 2, 4).flatten(-2))
-        scores = torch.cat(scores, dim=-1).float()  # (F, n, n, H, 2 * r * r)
-        if mask is not None:
-            mask = mask.view(-1, side, side, 1, cut * cut).repeat(1, 1, 1, 1, len(keys))
-            scores = scores.masked_fill(~mask, float("-inf"))
-        shares = scores.softmax(-1).to(query.dtype).unflatten(-1, (len(keys), cut, cut))
-        attended = 0
-        for t, v in enumerate(values):
-            share = shares[..., t, :, :].permute(0, 1, 4, 2, 5, 3)[..., None]  # (F, n, r, n, r, H, 1)
-            attended = attended + (share * v).sum((2, 4))
-        return self.o_proj(attended.reshape(frames, side * side, width))
+        frames, num_queries = query.shape[0], self.side**2
+        q = self.q_proj(query).expand(-1, num_queries, -1)
+        q = q.unflatten(-1, (self.num_heads, -1)).flatten(0, 1)[:, :, None]  # (F * Q, H, 1, E / H)
+        k = torch.cat([self._cut_blocks(getattr(self, f"k_proj_{t}")(key)) for t, key in enumerate(keys)], dim=2)
+        v = torch.cat([self._cut_blocks(getattr(self, f"v_proj_{t}")(key)) for t, key in enumerate(keys)], dim=2)
+        if mask is None:
+            masks = [None] * len(q)
+        else:
+            mask = mask.repeat(1, 1, len(keys)).expand(frames, -1, -1).flatten(0, 1)[:, None, None]
+            masks = mask.split(MAX_ATTENTION_ROWS)
+        pieces = zip(*(x.split(MAX_ATTENTION_ROWS) for x in (q, k, v)), masks, strict=False)
+        attended = torch.cat([F.scaled_dot_product_attention(*piece) for piece in pieces])
+        return self.o_proj(attended.reshape(frames, num_queries, -1))
 
 
 class LongVUSamplerMLP(nn.Module):

@@ -236,7 +236,8 @@ class TemporalReducer:
             ValueError: the frames added are not as many as announced.
         """
         pending, self._pending = self._pending, None
-        self._check_count(self._num_settled + (len(pending[0]) if pending else 0) == self.num_frames, 0)
+        num_left = len(pending[0]) if pending else 0
+        self._check_count(self._num_settled + num_left == self.num_frames, num_left)
         return self._settle(pending) if pending else None
 
     def final_positions(self) -> torch.Tensor:
