@@ -64,6 +64,7 @@ class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
         progress: Whether to show a progress bar; None shows one for long videos on a terminal.
         video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
             `end`, `timestamps`, `duration`, `metadata`.
+        window_size: Frames per window; nothing is decoded, and `video_windows` is given in place of pixels.
     """
 
     dino_size: dict | None
@@ -78,6 +79,7 @@ class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
     num_threads: int | None
     progress: bool | None
     video_options: list | None
+    window_size: int | None
 
 
 class LongVUVideoProcessor(BaseVideoProcessor):
@@ -90,7 +92,8 @@ class LongVUVideoProcessor(BaseVideoProcessor):
 
     Output: `pixel_values_videos` (frames of all videos, C, S, S) for SigLIP, `pixel_values_videos_dino` (the same
     frames, C, S', S') for DINOv2, `video_num_frames` (videos,) int64, `video_sizes` (videos, 2) int64, what the model
-    reads as (width, height) before padding; `video_metadata` on request.
+    reads as (width, height) before padding; `video_metadata` on request. With `window_size` there are no pixels but
+    `video_windows`, one iterator per video as `iterate_windows` gives it.
 
     Source: LongVU demo (sampling), `process_images` (pixels).
     Differs: the releases pass (height, width) of decoded videos where the model reads (width, height), so the columns
@@ -137,9 +140,16 @@ class LongVUVideoProcessor(BaseVideoProcessor):
             FileNotFoundError: No such file.
             ValueError: A video cannot be read, or the options do not fit it.
         """
+        window_size = kwargs.pop("window_size", None)
         sources = list_sources(
             videos, metadata=kwargs.pop("video_metadata", None), options=kwargs.pop("video_options", None)
         )
+        if window_size is not None:
+            windows = [
+                self.iterate_windows(source, window_size, video_metadata=known, video_options=[own], **kwargs)
+                for source, known, own in sources
+            ]
+            return self.window_outputs(windows, kwargs)
         towers, facts, sizes = ([], []), [], []
         for source, known, own in sources:
             with ExitStack() as resources:
@@ -206,6 +216,24 @@ class LongVUVideoProcessor(BaseVideoProcessor):
                 video_size=size_pair(source, metadata, self.option("video_size_order", kwargs)),
                 resources=resources.pop_all(),
             )
+
+    def window_outputs(self, windows: list[VideoWindows], call: Mapping[str, Any]) -> BatchFeature:
+        """Say what is known of videos before they are decoded.
+
+        Args:
+            windows: One iterator per video.
+            call: Options given at call time.
+
+        Returns:
+            `video_windows`, `video_num_frames`, `video_sizes`, and `video_metadata` on request.
+        """
+        outputs = BatchFeature({"video_num_frames": torch.tensor([video.num_frames for video in windows])})
+        outputs["video_sizes"] = torch.stack([video.video_size for video in windows])
+        outputs = outputs.convert_to_tensors(call.get("return_tensors"))
+        outputs["video_windows"] = windows
+        if call.get("return_metadata"):
+            outputs["video_metadata"] = [video.metadata for video in windows]
+        return outputs
 
     def option(self, name: str, call: Mapping[str, Any]) -> Any:
         """Look up an option, first among those given at call time.
