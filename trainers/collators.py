@@ -24,10 +24,10 @@ _LABEL_RULES = ("videochat_flash",)
 
 
 class BatchCounts(NamedTuple):
-    """What a batch holds: `frames` of all videos, `visual_tokens` (placeholders) and `supervised_tokens`."""
+    """What a batch holds: `frames` of all videos, `placeholders` of visuals and `supervised_tokens`."""
 
     frames: int
-    visual_tokens: int
+    placeholders: int
     supervised_tokens: int
 
 
@@ -67,7 +67,7 @@ def check_batch(
             _check_placeholders(kind, key, pixels=batch.get(key), num_placeholders=count, token_id=token_id)
     pixels = batch.get("pixel_values_videos")
     num_frames = 0 if pixels is None else pixels.shape[:-3].numel()
-    return BatchCounts(frames=num_frames, visual_tokens=num_video + num_image, supervised_tokens=num_supervised)
+    return BatchCounts(frames=num_frames, placeholders=num_video + num_image, supervised_tokens=num_supervised)
 
 
 def _check_placeholders(
@@ -144,9 +144,10 @@ class VideoSFTCollator:
             rows: Rows with a `messages` list, and optional `videos` / `images` columns.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, S) and, when there are visuals, `pixel_values_videos`
-            (sum F, 3, height, width) with `video_num_frames` (num_videos,), `pixel_values` (total tiles, 3, height,
-            width) with `image_grids` (num_images, 2).
+            `input_ids`, `attention_mask`, `labels` (B, S) and, when there are visuals, what the processor makes of
+            them, one row after another: `pixel_values_videos` (sum F, 3, height, width) with `video_num_frames`
+            (num_videos,), `pixel_values` (total tiles, 3, height, width), and for some models further pixels, sizes
+            or grids.
 
         Raises:
             ValueError: A row without messages or answer, or one that `max_length` would cut wrongly; the text names
@@ -376,9 +377,10 @@ def _describe_row(row: Mapping[str, Any], position: int) -> str:
 
 def _concatenate_visuals(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Put the pixel tensors of the rows one after another; videos become flat frames with counts."""
+    has_grids = any("image_grids" in row for row in encoded)
     for row in encoded:
         _flatten_videos(row)
-        if "pixel_values" in row and "image_grids" not in row:
+        if has_grids and "pixel_values" in row and "image_grids" not in row:
             row["image_grids"] = torch.zeros(row["pixel_values"].shape[0], 2, dtype=torch.int64)
     batch = {}
     for key in {key: None for row in encoded for key in row if key not in {"input_ids", *_SEQUENCE_FILL}}:
@@ -387,8 +389,8 @@ def _concatenate_visuals(encoded: list[dict[str, torch.Tensor]]) -> dict[str, to
 
 
 def _flatten_videos(row: dict[str, torch.Tensor]) -> None:
-    pixels = row.get("pixel_values_videos")
-    if pixels is not None and pixels.ndim == 5:
-        num_videos, num_frames = pixels.shape[:2]
-        row["pixel_values_videos"] = pixels.flatten(0, 1)  # (sum F, 3, height, width)
+    # Models with two towers bring the frames twice.
+    for key in [key for key in row if key.startswith("pixel_values_videos") and row[key].ndim == 5]:
+        num_videos, num_frames = row[key].shape[:2]
+        row[key] = row[key].flatten(0, 1)  # (sum F, 3, height, width)
         row["video_num_frames"] = torch.full((num_videos,), num_frames, dtype=torch.int64)

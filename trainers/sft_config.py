@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 # Public module names of every model here: first name on the way to a parameter that is listed decides its part.
 PART_MODULES: dict[str, tuple[str, ...]] = {
     "language_model": ("language_model", "lm_head"),
-    "connector": ("multi_modal_projector",),
-    "vision_tower": ("vision_tower",),
+    "connector": ("multi_modal_projector", "vision_projectors", "vision_query", "vision_sampler", "image_newline"),
+    "vision_tower": ("vision_tower", "dino_tower"),
 }
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -40,8 +40,9 @@ class VideoSFTConfig(TrainingArguments):
     Args:
         trainable_parts: Parts that learn, out of "vision_tower", "connector", "language_model" (with `lm_head`);
             all other parameters are frozen. None leaves `requires_grad` as the model has it.
-        vision_tower_learning_rate: Peak learning rate of the vision tower; None takes `learning_rate`.
-        connector_learning_rate: Peak learning rate of the projector; None takes `learning_rate`.
+        vision_tower_learning_rate: Peak learning rate of the vision towers; None takes `learning_rate`.
+        connector_learning_rate: Peak learning rate of what joins towers and language model; None takes
+            `learning_rate`.
         max_length: Most tokens of a row, visual placeholders included (see `VideoSFTCollator`).
         mask: Which tokens are supervised, "assistant" or "all" (see `VideoSFTCollator`).
         label_rule: None, or "videochat_flash" for the original's labels (see `VideoSFTCollator`).
@@ -60,10 +61,10 @@ class VideoSFTConfig(TrainingArguments):
         default=None, metadata={"help": "Parts that learn: vision_tower, connector, language_model. Default: as is."}
     )
     vision_tower_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the vision tower. Default: learning_rate."}
+        default=None, metadata={"help": "Learning rate of the vision towers. Default: learning_rate."}
     )
     connector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector. Default: learning_rate."}
+        default=None, metadata={"help": "Learning rate of the connector. Default: learning_rate."}
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; None for no limit."})
     mask: str = field(default="assistant", metadata={"help": "Supervised tokens: assistant or all."})

@@ -20,7 +20,9 @@ _IGNORED_OUTPUTS = [
     "past_key_values",
     "hidden_states",
     "attentions",
+    "attention_mask",
     "visual_dropout",
+    "video_selections",
     "image_hidden_states",
     "video_hidden_states",
 ]
@@ -30,8 +32,8 @@ def set_trainable_parts(model: nn.Module, parts: list[str]) -> None:
     """Freeze every parameter outside of `parts`, and let the others learn.
 
     Args:
-        model: A model with the public structure `vision_tower`, `multi_modal_projector`, `language_model`, `lm_head`.
-            A PEFT model keeps its own choice inside `parts`; only the rest is frozen.
+        model: A model whose parameters lie in modules named in `PART_MODULES`. A PEFT model keeps its own choice
+            inside `parts`; only the rest is frozen.
         parts: Names out of `PART_MODULES`.
 
     Raises:
@@ -86,10 +88,10 @@ def find_last_checkpoint(output_dir: str) -> str | None:
 class VideoSFTTrainer(Trainer):
     """`transformers.Trainer` for models of this library and rows with `messages`.
 
-    The loss is the model's own: a model may shorten its sequences inside (visual dropout), so logits and labels of
-    other lengths never meet here. It is the sum over the supervised tokens divided by their number in the whole
-    accumulated batch, hence independent of how a batch is split; dropout keeps every answer token, so the number
-    counted before the forward stays right. Logs carry `frames_per_second` and `visual_tokens_per_second`.
+    The loss is the model's own: a model may change the length of its sequences inside (visual dropout, visual tokens
+    in place of one placeholder), so logits and labels of other lengths never meet here. It is the sum over the supervised tokens divided by their number in the whole
+    accumulated batch, hence independent of how a batch is split; every answer token is kept, so the number counted
+    before the forward stays right. Logs carry `frames_per_second` and `visual_tokens_per_second`.
 
     Args:
         model: Model whose forward returns a loss and takes `num_items_in_batch` through its `**kwargs`.
@@ -121,8 +123,8 @@ class VideoSFTTrainer(Trainer):
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError(
-                "compute_loss_func gets logits of a sequence that the model may have shortened; the labels no longer "
-                "fit. Use the model's own loss."
+                "compute_loss_func gets logits of a sequence whose length the model may have changed; the labels no "
+                "longer fit. Use the model's own loss."
             )
         if data_collator is None:
             data_collator = _default_collator(processing_class, args)
@@ -228,13 +230,14 @@ class VideoSFTTrainer(Trainer):
             video_token_id=getattr(config, "video_token_id", None),
             image_token_id=getattr(config, "image_token_id", None),
         )
+        inputs = {**inputs, "use_cache": False}
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if self.model.training:
             self._window_frames += counts.frames
-            self._window_visual_tokens += counts.visual_tokens
-        inputs = {**inputs, "use_cache": False}
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+            self._window_visual_tokens += counts.placeholders + _num_inserted(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
         self,
@@ -246,7 +249,7 @@ class VideoSFTTrainer(Trainer):
         """Evaluate one batch; logits and labels are those of the sequence that the model really ran."""
         ignore_keys = _IGNORED_OUTPUTS if ignore_keys is None else ignore_keys
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        # A model that may shorten its sequence returns the labels that are left beside the logits.
+        # A model that may change the length of its sequence returns the labels that fit beside the logits.
         return (loss, *logits) if isinstance(logits, tuple) and len(logits) == 2 else (loss, logits, labels)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -265,7 +268,9 @@ class VideoSFTTrainer(Trainer):
         self._window_visual_tokens = 0
 
     def _throughput(self) -> Mapping[str, float]:
-        counts = torch.tensor([self._window_frames, self._window_visual_tokens], device=self.args.device)
+        counts = torch.stack(
+            [torch.as_tensor(n, device=self.args.device) for n in (self._window_frames, self._window_visual_tokens)]
+        )
         frames, visual_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
         seconds = time.perf_counter() - self._window_start
         return {
@@ -292,6 +297,14 @@ def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
         label_rule=args.label_rule,
         processor_kwargs=args.processor_kwargs,
     )
+
+
+def _num_inserted(inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor | int:
+    """Visual tokens that the model put in place of placeholders, without these; no number is fetched from a device."""
+    expanded = outputs.get("attention_mask") if isinstance(outputs, Mapping) else None
+    if expanded is None or inputs.get("attention_mask") is None:
+        return 0
+    return expanded.sum() - inputs["attention_mask"].sum()
 
 
 def _is_peft_model(model: nn.Module) -> bool:
