@@ -101,6 +101,17 @@ def remember_prompt(cache: Cache | None, sizes: PromptSizes, num_cached: int, ma
     cache.longvu_prompt = CachedPrompt(num_ids, num_cached + sizes.num_positions, mask, sizes.selections)
 
 
+def pending_selections(cache: Cache | None, num_cached: int) -> tuple | None:
+    """Returns what was chosen for a prompt that `remember_prompt` announced and the decoder has not read yet.
+
+    Args:
+        cache: cache of the call.
+        num_cached: positions in it before the call.
+    """
+    prompt = cached_prompt(cache)
+    return None if prompt is None or num_cached >= prompt.num_positions else prompt.selections
+
+
 def split_mask(
     attention_mask: torch.Tensor | None, num_cached: int, num_new: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -27,6 +27,7 @@ from longvideo.modeling.longvu.generation_longvu import (
     LongVUGenerationMixin,
     PromptSizes,
     join_mask,
+    pending_selections,
     remember_prompt,
     split_mask,
 )
@@ -293,7 +294,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             image_sizes,
             mm_encoder_outputs,
         )
-        mask, selections = None, None
+        mask, selections = None, pending_selections(past_key_values, num_cached)
         if inputs or (num_cached == 0 and self._has_placeholders(input_ids)):
             num_ids = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             cached_mask, mask = split_mask(attention_mask, num_cached, num_ids)
