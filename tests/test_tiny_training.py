@@ -8,7 +8,14 @@ import numpy as np
 from longvideo.evaluation.corpus import all_questions, make_scene
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
-from longvideo.tiny_training.train import HARMLESS_KINDS, MAX_TURNS, STAGES, CorpusConversations, choose_questions
+from longvideo.tiny_training.train import (
+    ALL_KINDS,
+    HARMLESS_KINDS,
+    MAX_TURNS,
+    STAGES,
+    CorpusConversations,
+    choose_questions,
+)
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))
 
@@ -45,7 +52,7 @@ def test_conversations_are_about_one_kind() -> None:
     kinds: Counter[str] = Counter()
     for seed in range(300):
         questions = all_questions(make_scene(seed))
-        chosen = choose_questions(questions, random.Random(seed))
+        chosen = choose_questions(questions, ALL_KINDS, random.Random(seed))
         assert 1 <= len(chosen) <= MAX_TURNS and len(set(chosen)) == len(chosen)
         main = {question.kind for question in chosen} - set(HARMLESS_KINDS)
         assert len(main) <= 1

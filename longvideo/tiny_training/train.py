@@ -44,8 +44,13 @@ BATCH_SIZE = 8
 MAX_TURNS = 5
 # Neither answer says anything about the answer to another question, so they may join a conversation of any kind.
 HARMLESS_KINDS = ("count", "needle")
-# Few scenes allow a question about a direction, and times are learned slowly.
-KIND_WEIGHTS = {"colour": 2, "shape": 1, "direction": 5, "order": 3, "at_time": 3, "when": 4}
+# A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
+# and times are learned slowly.
+ALL_KINDS = ("colour",) * 3 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
+# Descriptions name the colour before the shape, so that finding something by its shape has to be asked for; and so do
+# letters, which last for two frames.
+DRILL_KINDS = ("colour",) * 5 + ("direction", "order", "at_time", "when")
+DRILL = Difficulty(shapes=(2, 3, 3, 4), needle=0.8)
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,7 @@ class Stage:
         captions: chance that a batch asks for descriptions of the whole video and nothing else.
         events: chance that a batch asks for lists of all events and nothing else.
         letters: chance that a question is asked with four options and answered by a letter.
+        kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
         trainable_parts: what learns; see `VideoSFTConfig`.
     """
 
@@ -74,6 +80,7 @@ class Stage:
     captions: float
     events: float
     letters: float
+    kinds: tuple[str, ...] = ALL_KINDS
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
 
 
@@ -83,8 +90,9 @@ STAGES = (
     Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.0),
     Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.0),
     Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.0),
-    Stage("4-questions", 8_000, 1e-3, "constant_with_warmup", 20, "full", 0.05, 0.1, 0.05),
-    Stage("5-finish", 9_600, 1e-3, "linear", 0, "full", 0.0, 0.05, 0.05),
+    Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.0, 0.0, 0.0, kinds=DRILL_KINDS),
+    Stage("5-questions", 6_400, 1e-3, "constant_with_warmup", 20, "full", 0.05, 0.1, 0.0),
+    Stage("6-finish", 9_600, 1e-3, "linear", 0, "full", 0.0, 0.05, 0.05),
 )
 
 
@@ -117,25 +125,27 @@ class CorpusConversations(Dataset):
             return {"messages": conversation(frames, scene.duration, [(EVENTS_REQUEST, list_events(scene))])}
         turns = [
             (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
-            for q in choose_questions(all_questions(scene), rng)
+            for q in choose_questions(all_questions(scene), self.stage.kinds, rng)
         ]
         # People write no space before a question mark; the corpus does.
         turns = [(tidy(text), answer) if rng.random() < 0.5 else (text, answer) for text, answer in turns]
         return {"messages": conversation(frames, scene.duration, turns)}
 
 
-def choose_questions(questions: list[Question], rng: random.Random) -> list[Question]:
+def choose_questions(questions: list[Question], kinds: tuple[str, ...], rng: random.Random) -> list[Question]:
     """Chooses the questions of one conversation so that no answer can be read off an earlier turn.
 
     Args:
         questions: all that a scene allows.
+        kinds: kinds to draw from, with repetitions as weights.
         rng: source of chance.
 
     Returns:
         Up to MAX_TURNS questions of one kind, among them those of HARMLESS_KINDS; never none.
     """
-    possible = sorted({question.kind for question in questions} & set(KIND_WEIGHTS))
-    kind = rng.choices(possible, [KIND_WEIGHTS[kind] for kind in possible])[0] if possible else None
+    allowed = {question.kind for question in questions}
+    possible = [kind for kind in kinds if kind in allowed]
+    kind = rng.choice(possible) if possible else None
     pool = [question for question in questions if question.kind == kind]
     rng.shuffle(pool)
     if kind == "when":
