@@ -95,3 +95,58 @@ def find_preset(name: str) -> Preset | None:
     if name in PRESETS:
         return PRESETS[name]
     return next((preset for preset in PRESETS.values() if name in preset.repositories), None)
+
+
+@dataclass(frozen=True)
+class BenchmarkPreset:
+    """How the authors of a model sample frames of a benchmark, and what they set on the model for it.
+
+    Attributes:
+        processor_kwargs: Options of the video processor.
+        config: Settings of the model's configuration.
+        instruction: Text behind question and options.
+        max_new_tokens: Length of an answer in tokens, decoded greedily.
+    """
+
+    processor_kwargs: dict[str, Any]
+    config: dict[str, float]
+    instruction: str
+    max_new_tokens: int = 5
+
+    def apply(self, config: Any) -> None:
+        """Set the thresholds on a configuration.
+
+        Args:
+            config: Configuration of the model; changed.
+
+        Raises:
+            ValueError: The configuration has no such setting, because it is of another architecture.
+        """
+        missing = sorted(name for name in self.config if not hasattr(config, name))
+        if missing:
+            raise ValueError(f"{type(config).__name__} has no {missing}; the preset is for another architecture.")
+        for name, value in self.config.items():
+            setattr(config, name, value)
+
+
+LETTER_OF_FOUR = "Respond with only the letter (A, B, C{} or D) of the correct option."
+HALF_FPS = {"fps": 0.5, "fps_rule": "rounded_stride"}
+# LongVU, evaluation scripts. Thresholds that a script leaves alone are those of the published configurations.
+BENCHMARK_PRESETS = {
+    "longvu-egoschema": BenchmarkPreset(
+        {**HALF_FPS, "thin_above": 1000},
+        {"dino_threshold": 0.83, "drop_threshold": 0.8},
+        "Respond with only the letter (A, B, C, D or E) of the correct option.",
+    ),
+    "longvu-mvbench": BenchmarkPreset(
+        {"fps": 2.0, "fps_rule": "stride"},
+        {"dino_threshold": 0.83, "drop_threshold": 0.8},
+        "Answer with the option's letter from the given choices directly and only give the best option.",
+    ),
+    "longvu-mlvu": BenchmarkPreset(
+        {**HALF_FPS, "thin_above": 1000}, {"dino_threshold": 0.82, "drop_threshold": 0.77}, LETTER_OF_FOUR.format("")
+    ),
+    "longvu-videomme": BenchmarkPreset(
+        dict(HALF_FPS), {"dino_threshold": 0.83, "drop_threshold": 0.65}, LETTER_OF_FOUR.format(",")
+    ),
+}

@@ -381,7 +381,9 @@ class LongVUVideoProcessor(BaseVideoProcessor):
                 progress=self.option("progress", call),
             )
         )
-        return (torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) for frame in frames), facts
+        # A copy where torch would warn about arrays that must not be written to.
+        writable = (np.require(frame, requirements=["C", "W"]) for frame in frames)
+        return (torch.from_numpy(frame).permute(2, 0, 1) for frame in writable), facts
 
     def gather(
         self, frames: Iterator[torch.Tensor], count: int, call: Mapping[str, Any]
