@@ -11,6 +11,7 @@ Shape legend: S sequence of one row, F frames of one video.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from longvideo.processing.shared.placeholders import shift_spans
@@ -20,7 +21,11 @@ _VISUAL_SOURCES = {"video": ("video", "url", "path"), "image": ("image", "url", 
 # What must grow along the sequence axis when rows of different length are put together, and the filling value.
 _SEQUENCE_FILL = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
 _MASKS = ("assistant", "all")
-_LABEL_RULES = ("videochat_flash",)
+_BLANK_SIDE = 32  # pixels; the processor brings a black square of any size to the towers' sizes
+# Tokens that the original rules supervise wherever they stand, by the conversation format that a tokenizer knows.
+_CHATML_DELIMITERS = ("\n", "<|im_start|>", "<|im_end|>")
+_LLAMA3_DELIMITERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n")
+_LABEL_RULES = {"videochat_flash": (_CHATML_DELIMITERS,), "longvu": (_CHATML_DELIMITERS, _LLAMA3_DELIMITERS)}
 
 
 class BatchCounts(NamedTuple):
@@ -96,8 +101,12 @@ class VideoSFTCollator:
             an error when the cut would hit a visual span or leave no supervised token. None never cuts.
         mask: "assistant" supervises the text of every assistant turn and its end token; "all" every token that is
             neither padding nor a visual placeholder.
-        label_rule: None, or "videochat_flash" for the labels of the original training code: whole assistant turns
-            with their role header, and newline, `<|im_start|>` and `<|im_end|>` tokens wherever they stand.
+        label_rule: None, or "videochat_flash" / "longvu" for the labels of the original training code: whole
+            assistant turns with their role header, and newline, `<|im_start|>` and `<|im_end|>` tokens wherever they
+            stand ("longvu" with a Llama 3 tokenizer: begin of text, header marks, end of turn and blank line).
+        blank_image_position: None, or the token index at which a row without images and videos gets a black image,
+            as in the original training of LongVU (91): it is seen, so that every process of a sharded model runs the
+            same modules.
         chat_template: Template to use in place of the processor's own.
         processor_kwargs: Passed to the processor for every row, for example `{"max_frames": 64}`.
         pad_to_multiple_of: Round the padded length up to a multiple of this many tokens.
@@ -105,8 +114,11 @@ class VideoSFTCollator:
     Raises:
         ValueError: Unknown `mask` or `label_rule`, or a tokenizer without the tokens that the rule names.
 
-    Source: VideoChat-Flash training code, `preprocess_qwen` (for `label_rule="videochat_flash"`).
-    Differs: the original hard-codes 198 for the newline; here the tokenizer is asked, which is 198 for Qwen2.
+    Source: VideoChat-Flash training code, `preprocess_qwen` (for `label_rule="videochat_flash"`); LongVU training
+    code, the same and `preprocess_llama3` (for `label_rule="longvu"`).
+    Differs: the originals hard-code 198 for the newline; here the tokenizer is asked, which is 198 for Qwen2. LongVU's
+    further embeddings of token 0 behind the visual tokens are not made, and a text shorter than
+    `blank_image_position` gets its image behind its last token instead of inside the padding.
     """
 
     def __init__(
@@ -119,11 +131,12 @@ class VideoSFTCollator:
         chat_template: str | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
+        blank_image_position: int | None = None,
     ) -> None:
         if mask not in _MASKS:
             raise ValueError(f"mask={mask!r} is unknown; use one of {_MASKS}.")
         if label_rule is not None and label_rule not in _LABEL_RULES:
-            raise ValueError(f"label_rule={label_rule!r} is unknown; use None or one of {_LABEL_RULES}.")
+            raise ValueError(f"label_rule={label_rule!r} is unknown; use None or one of {tuple(_LABEL_RULES)}.")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length} must be at least 1 token, or None for no limit.")
         self.processor = processor
@@ -135,7 +148,13 @@ class VideoSFTCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_token_id = getattr(processor, "video_token_id", None)
         self.image_token_id = getattr(processor, "image_token_id", None)
-        self._always_supervised = self._delimiter_ids() if label_rule == "videochat_flash" else []
+        if blank_image_position is not None and (blank_image_position < 0 or self.image_token_id is None):
+            raise ValueError(
+                f"blank_image_position={blank_image_position} must be a token index of 0 or more, and the processor "
+                "must know images."
+            )
+        self.blank_image_position = blank_image_position
+        self._always_supervised = [] if label_rule is None else self._delimiter_ids(_LABEL_RULES[label_rule])
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -190,7 +209,24 @@ class VideoSFTCollator:
         output = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
         if self.max_length is not None and input_ids_S.numel() > self.max_length:
             self._truncate(output, visual_S, where)
+        if self.blank_image_position is not None and not visual_S.any():
+            self._add_blank_image(output)
         return output
+
+    def _add_blank_image(self, output: dict[str, torch.Tensor]) -> None:
+        """Put a black image into a row of text, in place."""
+        black = np.zeros((_BLANK_SIDE, _BLANK_SIDE, 3), dtype=np.uint8)
+        blank = self.processor(images=[black], text=[self.processor.image_token], return_tensors="pt")
+        visual_S = blank["input_ids"][0] == self.image_token_id
+        place = min(self.blank_image_position, output["input_ids"].shape[1])
+        inserted = {"input_ids": blank["input_ids"][:, visual_S]}
+        inserted["attention_mask"] = torch.ones_like(inserted["input_ids"])
+        inserted["labels"] = torch.full_like(inserted["input_ids"], IGNORE_INDEX)
+        for key in ("input_ids", *_SEQUENCE_FILL):
+            if key in output:
+                new = inserted[key] if key in inserted else blank[key][:, visual_S]
+                output[key] = torch.cat([output[key][:, :place], new, output[key][:, place:]], dim=1)
+        output.update({key: value for key, value in blank.items() if key not in {"input_ids", *_SEQUENCE_FILL}})
 
     def _supervised_positions(
         self,
@@ -219,7 +255,7 @@ class VideoSFTCollator:
                 continue
             if turn == 0:
                 raise ValueError(f"{where} begins with an assistant message; begin with a 'system' or 'user' message.")
-            with_header = self.label_rule == "videochat_flash"
+            with_header = self.label_rule is not None
             before = self._render(messages[:turn], add_generation_prompt=not with_header)
             upto = self._render(messages[: turn + 1])
             if not (full.startswith(before) and full.startswith(upto)):
@@ -284,18 +320,22 @@ class VideoSFTCollator:
                 batch[key] = torch.stack(rows)
         return batch
 
-    def _delimiter_ids(self) -> list[int]:
+    def _delimiter_ids(self, formats: Sequence[tuple[str, ...]]) -> list[int]:
+        """Ids of the delimiters of the first format that the tokenizer knows."""
         tokenizer = self.processor.tokenizer
-        ids = []
-        for text in ("\n", "<|im_start|>", "<|im_end|>"):
-            token_ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(token_ids) != 1:
-                raise ValueError(
-                    f"label_rule='videochat_flash' needs {text!r} to be one token, but this tokenizer makes "
-                    f"{len(token_ids)} of it. Use a ChatML tokenizer (Qwen2), or label_rule=None."
-                )
-            ids += token_ids
-        return ids
+        broken = []
+        for texts in formats:
+            encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+            split = {text: len(token_ids) for text, token_ids in encoded.items() if len(token_ids) != 1}
+            if not split:
+                return [token_ids[0] for token_ids in encoded.values()]
+            broken.append(next(iter(split.items())))
+        text, num_tokens = broken[0]
+        names = " or ".join(("ChatML tokenizer (Qwen2)", "Llama 3 tokenizer")[: len(formats)])
+        raise ValueError(
+            f"label_rule={self.label_rule!r} needs {text!r} to be one token, but this tokenizer makes {num_tokens} of "
+            f"it. Use a {names}, or label_rule=None."
+        )
 
 
 def normalize_messages(row: Mapping[str, Any], *, where: str = "The row") -> list[dict[str, Any]]:

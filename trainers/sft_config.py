@@ -45,7 +45,8 @@ class VideoSFTConfig(TrainingArguments):
             `learning_rate`.
         max_length: Most tokens of a row, visual placeholders included (see `VideoSFTCollator`).
         mask: Which tokens are supervised, "assistant" or "all" (see `VideoSFTCollator`).
-        label_rule: None, or "videochat_flash" for the original's labels (see `VideoSFTCollator`).
+        label_rule: None, or "videochat_flash" / "longvu" for the originals' labels (see `VideoSFTCollator`).
+        blank_image_position: None, or where rows of text get a black image (see `VideoSFTCollator`).
         processor_kwargs: Given to the processor for every row, for example `{"min_frames": 64, "max_frames": 512}`.
 
     Raises:
@@ -68,7 +69,10 @@ class VideoSFTConfig(TrainingArguments):
     )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; None for no limit."})
     mask: str = field(default="assistant", metadata={"help": "Supervised tokens: assistant or all."})
-    label_rule: str | None = field(default=None, metadata={"help": "None, or videochat_flash."})
+    label_rule: str | None = field(default=None, metadata={"help": "None, videochat_flash or longvu."})
+    blank_image_position: int | None = field(
+        default=None, metadata={"help": "Token index at which rows of text get a black image. Default: none."}
+    )
     processor_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the processor for every row, as JSON."}
     )

@@ -89,9 +89,10 @@ class VideoSFTTrainer(Trainer):
     """`transformers.Trainer` for models of this library and rows with `messages`.
 
     The loss is the model's own: a model may change the length of its sequences inside (visual dropout, visual tokens
-    in place of one placeholder), so logits and labels of other lengths never meet here. It is the sum over the supervised tokens divided by their number in the whole
-    accumulated batch, hence independent of how a batch is split; every answer token is kept, so the number counted
-    before the forward stays right. Logs carry `frames_per_second` and `visual_tokens_per_second`.
+    in place of one placeholder), so logits and labels of other lengths never meet here. It is the sum over the
+    supervised tokens divided by their number in the whole accumulated batch, hence independent of how a batch is
+    split; every answer token is kept, so the number counted before the forward stays right. Logs carry
+    `frames_per_second` and `visual_tokens_per_second`.
 
     Args:
         model: Model whose forward returns a loss and takes `num_items_in_batch` through its `**kwargs`.
@@ -231,9 +232,7 @@ class VideoSFTTrainer(Trainer):
             image_token_id=getattr(config, "image_token_id", None),
         )
         inputs = {**inputs, "use_cache": False}
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.model.training:
             self._window_frames += counts.frames
             self._window_visual_tokens += counts.placeholders + _num_inserted(inputs, outputs)
@@ -295,6 +294,7 @@ def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
         max_length=args.max_length,
         mask=args.mask,
         label_rule=args.label_rule,
+        blank_image_position=args.blank_image_position,
         processor_kwargs=args.processor_kwargs,
     )
 
