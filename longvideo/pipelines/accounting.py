@@ -5,13 +5,13 @@ Shapes: B batch, F frames, P patches of a frame, V visual tokens, S sequence.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 
 def context_length(config: Any) -> int | None:
@@ -30,6 +30,18 @@ def context_length(config: Any) -> int | None:
     if limit is not None and factor and original and rope.get("rope_type") not in (None, "default"):
         limit = max(limit, int(factor * original))
     return limit
+
+
+def shared_length(config: Any) -> int | None:
+    """Return the positions into which a model fits its visual tokens by itself, beside text and answer.
+
+    Args:
+        config: configuration of the whole model.
+
+    Returns:
+        `context_length` of the configuration; None for models whose visual tokens are counted beforehand.
+    """
+    return getattr(config, "context_length", None)
 
 
 def count_frames(inputs: dict[str, Any]) -> int:
@@ -77,11 +89,18 @@ def check_budget(inputs: dict[str, Any], config: Any, max_new_tokens: int) -> No
     Raises:
         ValueError: with the counts, the limit and how many frames fit; past its limit a model writes nonsense.
     """
-    limit = context_length(config)
+    limits = [limit for limit in (context_length(config), shared_length(config)) if limit is not None]
+    limit = min(limits, default=None)
     counts = count_prompt(inputs, config)
     need = counts["prompt_tokens"] + max_new_tokens
     if limit is None or need <= limit:
         return
+    if shared_length(config) is not None:
+        raise ValueError(
+            f"The prompt has {counts['text_tokens']} tokens of text and max_new_tokens is {max_new_tokens}, which "
+            f"leaves nothing of the model's {limit} positions for what is to be seen. Shorten the text or lower "
+            "max_new_tokens; the number of frames makes no difference."
+        )
     text = (
         f"The prompt has {counts['prompt_tokens']} tokens ({counts['video_tokens'] + counts['image_tokens']} visual, "
         f"{counts['text_tokens']} text) and max_new_tokens is {max_new_tokens}: together {need}, "
@@ -129,7 +148,13 @@ def raise_non_finite(model: nn.Module) -> None:
 
 
 class CallTrace:
-    """What one `generate` call did: seconds of encoding, kept visual tokens, all in this object, none on the model."""
+    """What one `generate` call did: seconds of encoding, kept visual tokens, all in this object, none on the model.
+
+    Attributes:
+        stages: stages of dropping inside the decoder, the output `visual_dropout` of the prefill.
+        selections: per image and video what the decoder got to see, the output `video_selections` of the prefill.
+        positions: positions of the prompt, visual tokens included; None before the prefill.
+    """
 
     def __init__(self) -> None:
         self.encode_start: float | None = None
@@ -137,14 +162,26 @@ class CallTrace:
         self.start = 0.0
         self.end = 0.0
         self.stages: tuple[Any, ...] = ()
+        self.selections: tuple[Any, ...] = ()
+        self.positions: int | None = None
         self.prefilled = False
 
-    def timings(self) -> dict[str, float]:
-        """Return seconds of `encode` (start of the vision tower to end of the projector) and `generate` (the rest)."""
+    def timings(self, decode: float, waits: Sequence[float] = ()) -> dict[str, float]:
+        """Split the seconds of a call.
+
+        Args:
+            decode: seconds of decoding before the call.
+            waits: seconds of decoding during the call: before the first window of frames, before the second, and so on.
+
+        Returns:
+            Seconds of `decode`, `encode` (start of the first tower to end of the projector) and `generate` (the rest).
+        """
         encode = 0.0
         if self.encode_start is not None and self.encode_end is not None:
-            encode = self.encode_end - self.encode_start
-        return {"encode": encode, "generate": self.end - self.start - encode}
+            # The first window is waited for before the tower starts.
+            encode = self.encode_end - self.encode_start - sum(waits[1:])
+        rest = self.end - self.start - sum(waits) - encode
+        return {"decode": decode + sum(waits), "encode": encode, "generate": rest}
 
 
 def _now(device: torch.device) -> float:
@@ -159,7 +196,8 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
     """Watch the model's forward passes made by this thread inside the block.
 
     Args:
-        model: a conditional generation model with the usual names `vision_tower` and `multi_modal_projector` inside.
+        model: a conditional generation model with the usual names inside: towers end in `_tower`, the last module
+            before the decoder is `multi_modal_projector`.
 
     Yields:
         The trace, complete when the block is left.
@@ -177,19 +215,22 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
         if threading.get_ident() == thread and not trace.prefilled:
             trace.encode_end = _now(device)
 
-    def model_ends(_: nn.Module, __: Any, output: Any) -> None:
+    def model_ends(_: nn.Module, __: Any, given: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != thread or trace.prefilled:
             return
         trace.prefilled = True
         trace.stages = tuple(getattr(output, "visual_dropout", None) or ())
+        trace.selections = tuple(getattr(output, "video_selections", None) or ())
+        prompt = given.get("inputs_embeds") if given.get("inputs_embeds") is not None else given.get("input_ids")
+        trace.positions = None if prompt is None else int(prompt.shape[1])
         logits = getattr(output, "logits", None)
         if logits is not None and not bool(torch.isfinite(logits[:, -1]).all()):
             raise_non_finite(model)
 
     modules = dict(model.named_modules())
-    handles = [model.register_forward_hook(model_ends)]
+    handles = [model.register_forward_hook(model_ends, with_kwargs=True)]
     for name, module in modules.items():
-        if name.split(".")[-1] == "vision_tower":
+        if name.endswith("_tower"):
             handles.append(module.register_forward_pre_hook(tower_starts))
         elif name.split(".")[-1] == "multi_modal_projector":
             handles.append(module.register_forward_hook(projector_ends))
@@ -212,8 +253,10 @@ def count_tokens(inputs: dict[str, Any], config: Any, trace: CallTrace, num_gene
         num_generated: tokens of the answer.
 
     Returns:
-        `frames`, `patch_tokens` (before merging), `visual_tokens` (after merging), `after_stages` (one dict with
-        `layer`, `kind`, `visual_tokens` per dropout stage), `text_tokens`, `prompt_tokens`, `generated_tokens`.
+        `frames`, `patch_tokens` (what the tower would make of all frames and pictures), `visual_tokens` (in the
+        decoder's prompt), `after_stages` (one dict with `layer`, `kind`, `visual_tokens` per dropout stage inside the
+        decoder), `selections` (one dict as of `count_selection` per video and image, for models that choose what the
+        decoder sees), `text_tokens`, `prompt_tokens`, `generated_tokens`.
     """
     counts = count_prompt(inputs, config)
     stages = [
@@ -224,16 +267,53 @@ def count_tokens(inputs: dict[str, Any], config: Any, trace: CallTrace, num_gene
         }
         for stage in trace.stages
     ]
+    prompt_tokens = counts["prompt_tokens"] if trace.positions is None else trace.positions
     return {
         "frames": counts["frames"],
-        "patch_tokens": counts["frames"] * patches_per_frame(config)
-        + _count_tiles(inputs) * patches_per_frame(config),
-        "visual_tokens": counts["video_tokens"] + counts["image_tokens"],
+        "patch_tokens": (counts["frames"] + _count_tiles(inputs)) * patches_per_frame(config),
+        "visual_tokens": prompt_tokens - counts["text_tokens"],
         "after_stages": stages,
+        "selections": [count_selection(selection) for selection in trace.selections],
         "text_tokens": counts["text_tokens"],
-        "prompt_tokens": counts["prompt_tokens"],
+        "prompt_tokens": prompt_tokens,
         "generated_tokens": num_generated,
     }
+
+
+def count_selection(selection: Any) -> dict[str, Any]:
+    """Count what is left of one video or image.
+
+    Args:
+        selection: with `dino_similarity` (F,), `kept_frames` (T,), `full_resolution` (T,), `mode`, `token_frame` (V,).
+
+    Returns:
+        `frames`, `kept_frames`, `full_resolution_frames`, `mode` and `visual_tokens`.
+    """
+    return {
+        "frames": int(selection.dino_similarity.numel()),
+        "kept_frames": int(selection.kept_frames.numel()),
+        "full_resolution_frames": int(selection.full_resolution.sum()),
+        "mode": str(selection.mode),
+        "visual_tokens": int(selection.token_frame.numel()),
+    }
+
+
+def token_steps(counts: dict[str, Any]) -> list[str]:
+    """Write the numbers of tokens from the patches of the frames to the last stage, one text per step.
+
+    Args:
+        counts: of `count_tokens`.
+
+    Returns:
+        Texts such as "512 patches".
+    """
+    steps = [f"{counts['patch_tokens']} patches"]
+    videos = [selection for selection in counts.get("selections", ()) if selection["frames"] > 1]
+    if videos:
+        kept, full = (sum(video[name] for video in videos) for name in ("kept_frames", "full_resolution_frames"))
+        steps.append(f"{kept} frames kept, {full} at full resolution ({'/'.join(video['mode'] for video in videos)})")
+    steps.append(f"{counts['visual_tokens']} visual tokens")
+    return steps + [f"{stage['visual_tokens']} after layer {stage['layer']}" for stage in counts["after_stages"]]
 
 
 def _count_tiles(inputs: dict[str, Any]) -> int:
@@ -266,8 +346,23 @@ class _ForcedTokens(LogitsProcessor):
         return forced
 
 
+class _StopAt(StoppingCriteria):
+    """End at a number of ids, whatever number of new tokens was announced."""
+
+    def __init__(self, num_ids: int) -> None:
+        self.num_ids = num_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.num_ids, device=input_ids.device)
+
+
 def forced_log_likelihood(
-    model: Any, inputs: dict[str, torch.Tensor], token_ids: list[int], generate_kwargs: dict[str, Any]
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    token_ids: list[int],
+    generate_kwargs: dict[str, Any],
+    *,
+    max_new_tokens: int | None = None,
 ) -> float:
     """Return the mean log-probability per token of a given answer.
 
@@ -278,11 +373,14 @@ def forced_log_likelihood(
         inputs: processor output for one prompt, `input_ids` (1, S).
         token_ids: the answer's tokens, without the end mark.
         generate_kwargs: more arguments of `generate`.
+        max_new_tokens: tokens to announce, the same for answers that are compared: a model may fit what it shows of a
+            video to the room that is left; None for the answer's own.
 
     Returns:
         Mean natural logarithm of the probabilities.
     """
-    forced = _ForcedTokens(token_ids, inputs["input_ids"].shape[1])
+    num_prompt = inputs["input_ids"].shape[1]
+    forced = _ForcedTokens(token_ids, num_prompt)
     with trace_call(model):
         model.generate(
             **inputs,
@@ -290,7 +388,8 @@ def forced_log_likelihood(
             do_sample=False,
             num_beams=1,
             min_new_tokens=0,
-            max_new_tokens=len(token_ids),
+            max_new_tokens=max_new_tokens or len(token_ids),
             logits_processor=LogitsProcessorList([forced]),
+            stopping_criteria=StoppingCriteriaList([_StopAt(num_prompt + len(token_ids))]),
         )
     return forced.total / len(token_ids)

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from longvideo.pipelines.encoding import SharedVideo
+
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-ROW_KEYS = {"video", "image", "question", "messages", "video_metadata"}
 
 
 class MappedRows(Dataset):
@@ -97,6 +98,8 @@ def gather_inputs(video: Any, question: Any, image: Any, video_metadata: Any) ->
     if is_one_visual(visual):
         extra = {} if video_metadata is None else {"video_metadata": video_metadata}
         if isinstance(question, (list, tuple)):
+            if kind == "video":
+                extra["shared"] = SharedVideo()
             return [{kind: visual, "question": text, **extra} for text in question]
         return {kind: visual, "question": question, **extra}
     if isinstance(visual, Mapping):

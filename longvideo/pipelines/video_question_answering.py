@@ -4,6 +4,7 @@ It follows the calls and outputs of the in-tree `image-text-to-text` pipeline an
 answering one; samples are worked off one at a time, because videos of different lengths do not stack.
 """
 
+import inspect
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 from transformers import GenerationConfig, Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from longvideo.pipelines import accounting, inputs
+from longvideo.pipelines import accounting, encoding, inputs
 from longvideo.pipelines.streaming import AnswerStream
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -65,6 +66,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         postprocess = {key: given.pop(key) for key in POSTPROCESS_KEYS if key in given}
         forward: dict[str, Any] = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
         if "visual_dropout" in given:
+            self._check_dropout(given["visual_dropout"])
             forward["visual_dropout"] = given.pop("visual_dropout")
         if postprocess.get("return_kept_tokens"):
             forward["return_kept_tokens"] = True
@@ -75,6 +77,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 "and the settings of generate()."
             )
         return preprocess, forward, postprocess
+
+    def supports_dropout(self) -> bool:
+        """Tell whether the model can drop visual tokens inside its decoder (`visual_dropout`)."""
+        return "visual_dropout" in inspect.signature(type(self.model).forward).parameters
+
+    def _check_dropout(self, visual_dropout: bool | dict[str, Any] | None) -> None:
+        if visual_dropout not in (None, False) and not self.supports_dropout():
+            raise ValueError(
+                f"A {self.model.config.model_type} model does not drop visual tokens inside its decoder; leave "
+                "visual_dropout out."
+            )
 
     def __call__(
         self,
@@ -92,7 +105,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             video: path, URL, array (F, H, W, C), list of frames, list of videos; a dict with `video` (or `image`) and
                 `question`, or with `messages`; a list of such dicts; a generator or dataset of them; one chat (list
                 of role dicts) or a list of chats.
-            question: one question, or one per video.
+            question: one question, one per video, or several about one video, which is then encoded once.
             image: a picture in place of a video.
             video_metadata: `fps` and `total_num_frames` of a video given as an array.
             stream: return an iterator over pieces of text (its `.result` is the dict); one sample only.
@@ -157,6 +170,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if continue_final_message is None:
             continue_final_message = messages[-1]["role"] == "assistant"
         options = {"return_tensors": "pt", **sampling, **(processor_kwargs or {})}
+        options.update(encoding.window_options(self.processor, messages))
         if inputs.has_video(messages):
             options["return_metadata"] = True
         if not isinstance(row, Chat) and row.get("video_metadata") is not None:
@@ -176,6 +190,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             "decode": time.perf_counter() - begin,
             "messages": messages if is_chat else None,
             "videos": [inputs.describe_video(facts) for facts in encoded.get("video_metadata") or ()],
+            "windows": next(iter(encoded.get("video_windows") or ()), None),
+            "shared": None if isinstance(row, Chat) else row.get("shared"),
         }
         return {"tensors": tensors, "about": about}
 
@@ -213,55 +229,92 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         visual_dropout: bool | dict[str, Any] | None = None,
         return_kept_tokens: bool = False,
     ) -> dict[str, Any]:
-        tensors, config = dict(model_inputs["tensors"]), self.model.config
-        settings = self._generate_settings(generate_kwargs)
+        settings, about = self._generate_settings(generate_kwargs), model_inputs["about"]
+        tensors, config = model_inputs["tensors"], self.model.config
         prompt = tensors["input_ids"].shape[1]
-        accounting.check_budget(tensors, config, self._max_new_tokens(settings, prompt))
-        if visual_dropout is not None:
+        if visual_dropout is not None and self.supports_dropout():
             settings["visual_dropout"] = visual_dropout
         settings["return_dict_in_generate"] = False
-        kept: dict[str, Any] = {}
-        with accounting.trace_call(self.model) as trace:
-            generate_inputs = tensors
-            if return_kept_tokens:
-                generate_inputs, encoded = self._encode_once(tensors)
-                kept = self._kept_tokens(tensors, encoded)
+        with encoding.closing_windows(about), accounting.trace_call(self.model) as trace:
+            accounting.check_budget(tensors, config, self._max_new_tokens(settings, prompt))
+            generate_inputs, video, waits = self._encode_once(tensors, about, with_thumbs=return_kept_tokens)
             ids = self.model.generate(**generate_inputs, **settings)
         answer_ids = ids[0, prompt:] if ids.shape[1] >= prompt else ids[0]
         outputs: dict[str, Any] = {
             "answer_ids": answer_ids,
-            "about": model_inputs["about"],
-            "timings": {"decode": model_inputs["about"]["decode"], **trace.timings()},
+            "about": about,
+            "timings": trace.timings(about["decode"], waits),
             "token_counts": accounting.count_tokens(tensors, config, trace, answer_ids.numel()),
         }
         if return_kept_tokens:
-            videos = model_inputs["about"]["videos"]
-            times = videos[0]["frame_times"] if videos else None
-            outputs["kept_tokens"] = {**kept, "stages": list(trace.stages), "times": times}
+            outputs["kept_tokens"] = self._kept_tokens(tensors, about, video, trace)
         return outputs
 
-    def _encode_once(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, Any], Any]:
-        """Encode the videos of a sample; return the inputs of `generate` without their pixels, and the features."""
-        if "pixel_values_videos" not in tensors:
-            return tensors, None
-        names = ("pixel_values_videos", "video_num_frames")
-        encoded = self.model.encode_video(**{name: tensors[name] for name in names if name in tensors})
-        rest = {name: value for name, value in tensors.items() if name not in names}
-        return {**rest, "encoded_video": encoded}, encoded
+    def _encode_once(
+        self,
+        tensors: dict[str, torch.Tensor],
+        about: dict[str, Any],
+        *,
+        with_thumbs: bool = False,
+        force: bool = False,
+    ) -> tuple[dict[str, Any], encoding.SharedVideo, list[float]]:
+        """Encode the videos of a sample where that pays; `generate` encodes the others itself.
 
-    def _kept_tokens(self, tensors: dict[str, torch.Tensor], encoded: Any) -> dict[str, Any]:
+        Args:
+            tensors: processor output.
+            about: what `preprocess` noted about the sample.
+            with_thumbs: whether small frames are kept for a picture.
+            force: whether the sample is asked several times.
+
+        Returns:
+            The inputs of `generate`, with features in place of pixels; the features, if any; seconds of decoding before each
+            window.
+        """
+        windows, video = about["windows"], about["shared"] or encoding.SharedVideo()
+        if windows is None and not (with_thumbs or force or about["shared"]):
+            return tensors, video, []
+        names, waits = self.processor.video_processor.model_input_names, []
+        if video.encoded is None:
+            timed = (
+                None if windows is None else encoding.TimedWindows(windows, self._to_uint8 if with_thumbs else None)
+            )
+            video.encoded = encoding.encode_sample(self.model, tensors, timed, names=names)
+            if timed is not None:
+                video.thumbs, waits = timed.thumbs(), timed.waits
+        if video.encoded is None:
+            return tensors, video, waits
+        rest = {name: value for name, value in tensors.items() if name not in names}
+        return {**rest, "encoded_video": video.encoded}, video, waits
+
+    def _kept_tokens(
+        self,
+        tensors: dict[str, torch.Tensor],
+        about: dict[str, Any],
+        video: encoding.SharedVideo,
+        trace: accounting.CallTrace,
+    ) -> dict[str, Any]:
         """Collect what a picture of the kept tokens needs, for the first video of the sample."""
+        encoded, config = video.encoded, self.model.config
         if encoded is None:
             raise ValueError("return_kept_tokens needs a video in the prompt; this sample has none.")
-        pixels = tensors["pixel_values_videos"]
-        frames_FCHW = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+        frames = video.thumbs
+        if frames is None:
+            pixels = tensors["pixel_values_videos"]
+            frames_FCHW = pixels.flatten(0, 1) if pixels.ndim == 5 else pixels
+            frames = self._to_uint8(frames_FCHW[: encoded.num_frames[0]])
         ids = tensors["input_ids"][0]
-        first_video = int((ids == self.model.config.video_token_id).nonzero()[0])
+        first_video = int((ids == config.video_token_id).nonzero()[0])
+        # Pictures in front of the video come first in the sample's visual tokens.
+        num_before = int((ids[:first_video] == config.image_token_id).sum())
+        kept = {"frames": frames, "times": about["videos"][0]["frame_times"] if about["videos"] else None}
+        if trace.selections:
+            sides = (config.grid_size, config.lowres_token)
+            return {**kept, "selection": trace.selections[num_before], "grid_sides": sides}
         return {
-            "frames": self._to_uint8(frames_FCHW[: encoded.num_frames[0]]),
+            **kept,
             "merge_groups": encoded.merge_groups[0],
-            # Pictures in front of the video come first in the sample's visual tokens.
-            "first_token": int((ids[:first_video] == self.model.config.image_token_id).sum()),
+            "first_token": num_before,
+            "stages": list(trace.stages),
         }
 
     def _to_uint8(self, pixels_FCHW: torch.Tensor) -> torch.Tensor:
@@ -318,15 +371,21 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         """
         if len(options) < 2 or not all(option.strip() for option in options):
             raise ValueError(f"Give at least two non-empty options to compare, got {options!r}.")
+        self._check_dropout(visual_dropout)
         row = inputs.gather_inputs(video, question, None, kwargs.pop("video_metadata", None))
         params = {**self._preprocess_params, **self._sanitize_parameters(**kwargs)[0]}
-        tensors = self._ensure_tensor_on_device(self.preprocess(row, **params)["tensors"], self.device)
+        model_inputs = self._ensure_tensor_on_device(self.preprocess(row, **params), self.device)
+        tensors = model_inputs["tensors"]
         tokenized = [self.processor.tokenizer.encode(option, add_special_tokens=False) for option in options]
-        accounting.check_budget(tensors, self.model.config, max(len(ids) for ids in tokenized))
-        extra = {} if visual_dropout is None else {"visual_dropout": visual_dropout}
-        with self.device_placement(), torch.no_grad():
-            tensors, _ = self._encode_once(tensors)
-            return [accounting.forced_log_likelihood(self.model, tensors, ids, extra) for ids in tokenized]
+        longest = max(len(ids) for ids in tokenized)
+        extra = {"visual_dropout": visual_dropout} if visual_dropout is not None and self.supports_dropout() else {}
+        with encoding.closing_windows(model_inputs["about"]), self.device_placement(), torch.no_grad():
+            accounting.check_budget(tensors, self.model.config, longest)
+            given, *_ = self._encode_once(tensors, model_inputs["about"], force=True)
+            return [
+                accounting.forced_log_likelihood(self.model, given, ids, extra, max_new_tokens=longest)
+                for ids in tokenized
+            ]
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save model and processor; no code is written beside them.
