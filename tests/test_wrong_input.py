@@ -145,10 +145,44 @@ def test_another_architecture(fail, good, tmp_path):
     assert "'llava'" in line and "videochat_flash" in line
 
 
-def test_original_checkpoint_points_to_convert(fail, good, tmp_path):
+@pytest.mark.parametrize("model_type", ["videochat_flash_qwen", "cambrian_qwen", "cambrian_llama"])
+def test_original_checkpoint_points_to_convert(fail, good, tmp_path, model_type):
     folder = copy(good, tmp_path)
-    (folder / "config.json").write_text(json.dumps({"model_type": "videochat_flash_qwen"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
     assert "longvideo convert" in fail(model=folder)
+
+
+def convert_with_towers(folder, capsys, *words):
+    """Convert an original LongVU with something wrong about its towers; return the one line that is printed."""
+    from tests.originals_longvu import original_longvu, write_longvu_original, write_part
+
+    states, configs = original_longvu()
+    write_longvu_original(folder / "original", states=states, configs=configs, towers=False)
+    for part in ("towers/siglip", "towers/dinov2"):
+        write_part(folder / part, states[part], configs[part])
+    small = "towers/dinov2"
+    write_part(folder / "small", states[small], {**configs[small], "hidden_size": 24})
+    code = cli.main(["convert", str(folder / "original"), str(folder / "native"), *(w.format(folder) for w in words)])
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert (code, out, len(lines)) == (2, "", 1) and lines[0].startswith("longvideo convert: error: "), err
+    assert not (folder / "native").exists()
+    return lines[0]
+
+
+def test_a_tower_folder_of_the_wrong_size(tmp_path, capsys):
+    line = convert_with_towers(tmp_path, capsys, "--vision-tower", "{}/towers/siglip", "--dino-tower", "{}/small")
+    assert "towers/dinov2 is 24 wide" in line and "one of 32" in line
+
+
+def test_no_tower_folder(tmp_path, capsys):
+    line = convert_with_towers(tmp_path, capsys, "--dino-tower", "{}/towers/dinov2")
+    assert "does not hold the SigLIP tower" in line and "--vision-tower FOLDER" in line
+
+
+def test_tower_folders_the_wrong_way_round(tmp_path, capsys):
+    words = ("--vision-tower", "{}/towers/dinov2", "--dino-tower", "{}/towers/siglip")
+    assert "has model_type 'dinov2'; expected 'siglip_vision_model'" in convert_with_towers(tmp_path, capsys, *words)
 
 
 def test_no_processor(fail, good, tmp_path):
