@@ -1,6 +1,7 @@
 """Accuracy of a model on held-out questions about procedural videos, four options each.
 
     python -m longvideo.evaluation.answer_questions --model DIR --num 500
+    python -m longvideo.evaluation.answer_questions --model longvu
 
 The videos are written as mp4 files and go through the processor and the model as any user's video does. An option's
 score is the sum of the log-probabilities of its tokens and of the end token, given video and question; the option with
@@ -9,6 +10,9 @@ form "letter" the question lists them and the scored texts are the letters A to 
 """
 
 import argparse
+import contextlib
+import copy
+import inspect
 import json
 import os
 import sys
@@ -21,14 +25,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import ModelOutput
 
 from longvideo.evaluation.corpus import KINDS, Item, Question, balanced_items, write_video
 from longvideo.evaluation.corpus.questions import NUM_OPTIONS, OPTION_LETTERS
 from longvideo.evaluation.corpus.rows import FORMS
 from longvideo.evaluation.metrics import accuracy, wilson_interval
 
-IGNORED = -100
 NUM_FRAMES = 16
 
 
@@ -80,36 +83,98 @@ def prompt_ids(
     return inputs, [ids[mask.bool()].tolist() for ids, mask in rows]
 
 
-def encode_first_video(model: PreTrainedModel, inputs: Any) -> torch.Tensor:
-    """Encodes the first video of a batch once, for all questions about it; (V, D)."""
+def encode_first_video(model: PreTrainedModel, inputs: Any) -> ModelOutput:
+    """Encodes the first video of a batch once, for all questions about it.
+
+    Args:
+        model: model with `get_video_features`.
+        inputs: processor output; every `pixel_values_videos*` and `video_*` tensor belongs to the videos.
+
+    Returns:
+        What `forward` takes as `mm_encoder_outputs={"video": ...}`.
+    """
     counts = inputs.get("video_num_frames")
-    pixels = inputs["pixel_values_videos"]
-    if counts is not None and pixels.dim() == 4:
-        pixels = pixels[: int(counts[0])]
-    else:
-        pixels = pixels[:1]
-    counts = None if counts is None else counts[:1].to(model.device)
-    pixels = pixels.to(model.device, model.dtype)
-    return model.get_video_features(pixels, counts, return_dict=True).pooler_output[0]
+    first = {}
+    for name, value in inputs.items():
+        if name.startswith("pixel_values_videos"):
+            is_flat = counts is not None and value.dim() == 4
+            first[name] = value[: int(counts[0]) if is_flat else 1].to(model.device, model.dtype)
+        elif name.startswith("video_") and isinstance(value, torch.Tensor):
+            first[name] = value[:1].to(model.device)
+    return model.get_video_features(**first, return_dict=True)
+
+
+def read_prompt(
+    model: PreTrainedModel, encoded: ModelOutput, prompt: list[int], *, visual_dropout: bool | None = None
+) -> ModelOutput:
+    """Runs the model on video and question, as generation does before the first new token.
+
+    Args:
+        model: model that takes `mm_encoder_outputs`.
+        encoded: video, from `encode_first_video`.
+        prompt: token ids up to the answer.
+        visual_dropout: passed to the model; None leaves it as configured.
+
+    Returns:
+        The model's output: `logits` of the last position, `past_key_values`, and what the model tells of its choices.
+    """
+    return model(
+        input_ids=torch.tensor([prompt], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        mm_encoder_outputs={"video": encoded},
+        use_cache=True,
+        logits_to_keep=1,
+        **({} if visual_dropout is None else {"visual_dropout": visual_dropout}),
+    )
+
+
+def score_answers(model: PreTrainedModel, read: ModelOutput, num_ids: int, answers: list[list[int]]) -> list[float]:
+    """Scores answers to a prompt that the model has read.
+
+    Args:
+        model: the model.
+        read: from `read_prompt`; it is left as it is.
+        num_ids: token ids of the prompt.
+        answers: token ids of each answer, with the end token.
+
+    Returns:
+        For each answer the sum of the log-probabilities of its tokens.
+    """
+    # A model that puts visual tokens in place of a single placeholder returns the mask that fits its cache.
+    seen = read.get("attention_mask")
+    seen = torch.ones(1, num_ids, dtype=torch.long, device=model.device) if seen is None else seen
+    first = read.logits[0, -1:].float()
+    scores = []
+    for answer in answers:
+        logits = first
+        if len(answer) > 1:
+            output = model(
+                input_ids=torch.tensor([answer[:-1]], device=model.device),
+                attention_mask=torch.cat([seen, seen.new_ones(1, len(answer) - 1)], dim=1),
+                # Answers are read one by one behind copies of the prompt's cache: what a model notes there about its
+                # prompt is for one row, and an answer in the prompt itself could decide about what is seen.
+                past_key_values=copy.deepcopy(read.past_key_values),
+                use_cache=True,
+            )
+            logits = torch.cat([first, output.logits[0].float()])
+        picked = logits.log_softmax(-1).gather(-1, torch.tensor(answer, device=logits.device)[:, None])
+        scores.append(float(picked.sum()))
+    return scores
 
 
 def score_options(
     model: PreTrainedModel,
-    features: torch.Tensor,
+    encoded: ModelOutput,
     prompt: list[int],
     answers: list[list[int]],
     *,
     visual_dropout: bool | None = None,
 ) -> list[float]:
-    """Scores answers to one prompt in one forward pass.
-
-    The labels make the model choose the tokens that its visual dropout keeps from the last token of the prompt, as in
-    generation, so that no answer decides about what is seen.
+    """Scores answers to one prompt; what the model sees of the video is chosen by the prompt alone.
 
     Args:
-        model: model that takes `mm_encoder_outputs` and `labels`, and returns `logits` with the `labels` that belong
-            to them.
-        features: (V, D) features of the video.
+        model: model that takes `mm_encoder_outputs`.
+        encoded: video, from `encode_first_video`.
         prompt: token ids up to the answer.
         answers: token ids of each answer, with the end token.
         visual_dropout: passed to the model; None leaves it as configured.
@@ -117,32 +182,14 @@ def score_options(
     Returns:
         For each answer the sum of the log-probabilities of its tokens.
     """
-    width = len(prompt) + max(len(answer) for answer in answers)
-    ids = torch.zeros(len(answers), width, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for row, answer in enumerate(answers):
-        end = len(prompt) + len(answer)
-        ids[row, :end] = torch.tensor(prompt + answer)
-        ids[row, end:] = answer[-1]
-        mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    device = features.device
-    encoded = BaseModelOutputWithPooling(pooler_output=[features] * len(answers))
-    output = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        labels=labels.to(device),
-        mm_encoder_outputs={"video": encoded},
-        use_cache=False,
-        **({} if visual_dropout is None else {"visual_dropout": visual_dropout}),
-    )
-    # With visual dropout the sequences are shorter than what went in; the model returns the labels that fit.
-    fitting = output.get("labels")
-    targets = (labels.to(device) if fitting is None else fitting)[:, 1:]
-    wanted = targets != IGNORED
-    logs = output.logits[:, :-1].float().log_softmax(-1)
-    picked = logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return (picked * wanted).sum(1).tolist()
+    read = read_prompt(model, encoded, prompt, visual_dropout=visual_dropout)
+    return score_answers(model, read, len(prompt), answers)
+
+
+def answer_ids(tokenizer: Any, question: Question, form: str) -> list[list[int]]:
+    """Token ids of the four scored texts of a question, each with the end token."""
+    texts = list(OPTION_LETTERS) if form == "letter" else list(question.options)
+    return [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 def answer_item(
@@ -169,17 +216,13 @@ def answer_item(
     Returns:
         One result per question.
     """
-    tokenizer = processor.tokenizer
     texts = [q.multiple_choice if form == "letter" else q.question for q in item.questions]
     inputs, prompts = prompt_ids(processor, path, texts, num_frames)
-    features = encode_first_video(model, inputs)
+    encoded = encode_first_video(model, inputs)
     results = []
     for question, prompt in zip(item.questions, prompts, strict=True):
-        candidates = list(OPTION_LETTERS) if form == "letter" else list(question.options)
-        answers = [
-            [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in candidates
-        ]
-        scores = score_options(model, features, prompt, answers, visual_dropout=visual_dropout)
+        answers = answer_ids(processor.tokenizer, question, form)
+        scores = score_options(model, encoded, prompt, answers, visual_dropout=visual_dropout)
         chosen = max(range(NUM_OPTIONS), key=scores.__getitem__)
         rounded = tuple(round(score, 4) for score in scores)
         results.append(_record(path.name, question, chosen, rounded))
@@ -277,7 +320,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", default=None, help="folder or id (default: the tiny checkpoint of the package)")
+    parser.add_argument(
+        "--model",
+        default="videochat_flash",
+        help="folder, id, or architecture whose tiny checkpoint comes with the package (default videochat_flash)",
+    )
     parser.add_argument("--num", type=int, default=500, help="number of questions (default 500)")
     parser.add_argument("--form", choices=FORMS, default="open", help="scored texts: the options, or their letters")
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
@@ -307,15 +354,40 @@ def _show_progress(done: int, total: int) -> None:
         print(f"\r{done}/{total} questions", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Loads the model, answers, prints the table; returns the exit code."""
+def load_checkpoint(
+    name: str, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Loads a model with its processor.
+
+    Args:
+        name: folder, id on the Hub, or an architecture whose tiny checkpoint comes with the package.
+        dtype: type of the weights.
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode, and the processor.
+
+    Raises:
+        OSError: nothing is found under that name.
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import longvideo
 
-    folder = args.model or longvideo.tiny_checkpoint("videochat_flash")
+    folder = name
+    if not os.path.isdir(name):
+        with contextlib.suppress(ValueError):
+            folder = longvideo.tiny_checkpoint(name)
     processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=args.dtype).to(args.device)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+    return model.eval(), processor
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads the model, answers, prints the table; returns the exit code."""
+    model, processor = load_checkpoint(args.model, dtype=args.dtype, device=args.device)
+    if args.visual_dropout != "config" and "visual_dropout" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"{type(model).__name__} has no visual dropout; leave --visual-dropout out.")
     settings = {"form": args.form, "split": args.split, "seed": args.seed, "size": args.size}
     settings |= {"num_frames": args.num_frames, "kinds": args.kinds}
     dropout = {"config": None, "on": True, "off": False}[args.visual_dropout]

@@ -11,15 +11,20 @@ from longvideo.evaluation.answer_questions import (
     encode_first_video,
     evaluate,
     format_table,
+    load_checkpoint,
     main,
     prompt_ids,
+    read_prompt,
     score_options,
     summarize,
 )
 from longvideo.evaluation.corpus import balanced_items, write_video
 from longvideo.evaluation.metrics import wilson_interval
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_longvu import tiny_longvu_model
+from tests.tiny_longvu_processor import tiny_longvu_processor
 
+ANSWERS = [[70, 80, 2], [90, 2], [70, 81, 82, 2], [2]]
 DROPOUT = {"llm_compress_type": "uniform0_attention", "llm_compress_layer_list": [1, 3]}
 DROPOUT |= {"llm_image_token_ratio_list": [1.0, 0.5, 0.25]}
 
@@ -32,6 +37,12 @@ def model():
 @pytest.fixture(scope="module")
 def processor():
     return tiny_videochat_flash_processor()
+
+
+@pytest.fixture(scope="module")
+def longvu():
+    """Frames of 12 or 6 tokens each; beside the questions some of 16 frames fit at the full grid."""
+    return tiny_longvu_model(context_length=260, dino_threshold=2.0), tiny_longvu_processor()
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +78,10 @@ def test_scores_are_those_of_generation(model, processor, item, video, dropout: 
     """Batched scores equal a prefill of the prompt from pixels and one decoding step per token, one answer alone."""
     questions = [question.question for question in item.questions]
     inputs, prompts = prompt_ids(processor, video, questions, 16)
-    features = encode_first_video(model, inputs)
-    answers = [[70, 80, 2], [90, 2], [70, 81, 82, 2], [2]]
-    scores = score_options(model, features, prompts[1], answers, visual_dropout=dropout)
+    encoded = encode_first_video(model, inputs)
+    scores = score_options(model, encoded, prompts[1], ANSWERS, visual_dropout=dropout)
     pixels = inputs["pixel_values_videos"][1:2]
-    for answer, score in zip(answers, scores, strict=True):
+    for answer, score in zip(ANSWERS, scores, strict=True):
         prompt = torch.tensor([prompts[1]])
         out = model(input_ids=prompt, pixel_values_videos=pixels, visual_dropout=dropout, use_cache=True)
         assert (out.visual_dropout is not None) == dropout
@@ -84,6 +94,48 @@ def test_scores_are_those_of_generation(model, processor, item, video, dropout: 
             out = model(input_ids=step, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
         # float32 sums of up to four terms, in another order of operations.
         assert score == pytest.approx(total, abs=2e-3)
+
+
+@torch.no_grad()
+def test_answers_do_not_decide_what_is_seen(longvu, item, video) -> None:
+    """Where the question chooses the frames, an answer in the prompt would choose others; scores are as without it."""
+    model, processor = longvu
+    inputs, prompts = prompt_ids(processor, video, [item.questions[0].question] * 2, 16)
+    assert inputs["pixel_values_videos_dino"].shape[0] == 32
+    encoded, prompt = encode_first_video(model, inputs), prompts[0]
+    read = read_prompt(model, encoded, prompt)
+    seen = read.video_selections[0]
+    assert seen.mode == "mix" and 0 < int(seen.full_resolution.sum()) < 16
+    assert read.logits.shape[1] == 1
+    scores = score_options(model, encoded, prompt, ANSWERS)
+    one = {name: value[:16] for name, value in inputs.items() if name.startswith("pixel_values_videos")}
+    one |= {name: inputs[name][:1] for name in ("video_num_frames", "video_sizes")}
+    changed = 0
+    for answer, score in zip(ANSWERS, scores, strict=True):
+        out = model(input_ids=torch.tensor([prompt]), **one, use_cache=True)
+        assert torch.equal(out.video_selections[0].full_resolution, seen.full_resolution)
+        total, mask = 0.0, out.attention_mask
+        for token in answer:
+            total += float(out.logits[0, -1].log_softmax(-1)[token])
+            mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
+            step = torch.tensor([[token]])
+            out = model(input_ids=step, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        # float32 sums of up to four terms, in another order of operations.
+        assert score == pytest.approx(total, abs=2e-3)
+        within = model(input_ids=torch.tensor([prompt + answer * 6]), **one).video_selections[0]
+        changed += not torch.equal(within.full_resolution, seen.full_resolution)
+    assert changed
+
+
+@torch.no_grad()
+def test_two_tower_models_answer_all_questions(longvu, item, video) -> None:
+    model, processor = longvu
+    together = answer_item(model, processor, item, video)
+    assert [answered.question for answered in together] == [question.question for question in item.questions]
+    place = len(item.questions) - 1
+    alone = answer_item(model, processor, type(item)(item.scene, (item.questions[place],)), video)[0]
+    # Rounded to four digits; float32 in batches of another width.
+    assert alone.scores == pytest.approx(together[place].scores, abs=2e-3)
 
 
 @torch.no_grad()
@@ -110,7 +162,7 @@ def test_evaluation_is_deterministic_and_complete(model, processor) -> None:
             other.options,
             other.truth,
         )
-        # Flat frames hold equal patches; which of them merge is decided by the last bit, which varies with memory layout.
+        # Flat frames hold equal patches; which of them merge is decided by the last bit, which varies with memory.
         assert one.scores == pytest.approx(other.scores, abs=1.0)
     assert sorted(answered.kind for answered in first) == ["colour"] * 3 + ["needle"] * 3
     with pytest.raises(ValueError, match="unknown form 'free'"):
@@ -132,3 +184,14 @@ def test_command(model, processor, tmp_path, capsys) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["answers.json"]
     assert main(["--model", str(tmp_path / "absent"), "--num", "1"]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_checkpoints_by_name_of_the_architecture(longvu, tmp_path, monkeypatch, capsys) -> None:
+    model, _ = load_checkpoint("videochat_flash")
+    assert model.config.model_type == "videochat_flash" and not model.training
+    for part in longvu:
+        part.save_pretrained(tmp_path / "longvu")
+    monkeypatch.setattr("longvideo.tiny_checkpoint", lambda name: str(tmp_path / name))
+    assert load_checkpoint("longvu")[0].config.model_type == "longvu"
+    assert main(["--model", "longvu", "--num", "1", "--visual-dropout", "on"]) == 2
+    assert "LongVUForConditionalGeneration has no visual dropout" in capsys.readouterr().err
