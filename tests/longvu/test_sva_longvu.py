@@ -120,6 +120,8 @@ def test_sampler_errors() -> None:
         sampler(torch.randn(4, 32), features)
     with pytest.raises(ValueError, match=r"\(2, 25, 32\)"):
         sampler(torch.randn(32), [features[0], torch.randn(2, 25, 32)])
+    with pytest.raises(ValueError, match=r"\(2, 36, 32\) each, got .*grid of side 6"):
+        sampler(torch.randn(32), [torch.randn(2, 25, 32), torch.randn(2, 25, 32)])
     with pytest.raises(ValueError, match="2 towers"):
         sampler(torch.randn(32), features[:1])
     with pytest.raises(ValueError, match="mask"):
