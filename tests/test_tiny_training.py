@@ -63,17 +63,17 @@ def test_conversations_are_about_one_kind() -> None:
 
 
 def test_rows_of_a_batch_have_one_form_and_repeat() -> None:
-    stage = next(stage for stage in STAGES if stage.captions > 0 and stage.events > 0)
+    stage = next(stage for stage in STAGES["longvu"] if stage.captions > 0 and stage.events > 0)
     data = CorpusConversations(stage, size=24, num_frames=16, first_seed=0)
     forms = set()
-    for batch in range(12):
+    for batch in range(40):
         requests = set()
         for index in range(8 * batch, 8 * batch + 8):
             messages = data[index]["messages"]
             question = messages[0]["content"][1]["text"]
-            requests.add(question if question in ("Describe the video .", "List the events .") else "question")
+            requests.add(question if question.startswith(("Describe the", "List the")) else "question")
             assert messages[0]["content"][0]["type"] == "video" and messages[1]["role"] == "assistant"
             assert data[index]["messages"][1] == messages[1]
         assert len(requests) == 1
         forms |= requests
-    assert len(forms) == 3
+    assert len(forms) == 5

@@ -394,8 +394,15 @@ def _place(x: float, y: float) -> str:
     return f"{row} {column}".strip() or "middle"
 
 
-def _describe_actor(scene: Scene, actor: Actor, seen: list[float], start: float, end: float) -> str:
-    words = [actor.colour_at(seen[0]), actor.shape, _place(*actor.position(seen[0]))]
+def _full_name(actor: Actor, time: float, shape_first: bool) -> list[str]:
+    words = [actor.colour_at(time), actor.shape]
+    return words[::-1] if shape_first else words
+
+
+def _describe_actor(
+    scene: Scene, actor: Actor, seen: list[float], *, start: float, end: float, shape_first: bool
+) -> str:
+    words = [*_full_name(actor, seen[0], shape_first), _place(*actor.position(seen[0]))]
     if start <= actor.enter < end and actor.enter > 0:
         words.append("appears")
     if actor.motion is not None:
@@ -409,12 +416,13 @@ def _describe_actor(scene: Scene, actor: Actor, seen: list[float], start: float,
     return " ".join(words)
 
 
-def describe(scene: Scene, *, num_parts: int = 4) -> str:
+def describe(scene: Scene, *, num_parts: int = 4, shape_first: bool = False) -> str:
     """A dense caption of what is seen over time, in the vocabulary of the questions.
 
     Args:
         scene: what the video shows.
         num_parts: number of equal parts; each gets its starting time and one clause for each shape seen in it.
+        shape_first: whether a clause names the shape before its colour.
 
     Returns:
         For example "0 seconds : red circle left ; 4 seconds : red circle left moves right , letter X ; ...".
@@ -429,18 +437,19 @@ def describe(scene: Scene, *, num_parts: int = 4) -> str:
         for actor in sorted(scene.actors, key=lambda actor: actor.enter):
             seen = [time for time in clear if actor.visible(time)]
             if seen:
-                clauses.append(_describe_actor(scene, actor, seen, start, end))
+                clauses.append(_describe_actor(scene, actor, seen, start=start, end=end, shape_first=shape_first))
         if scene.needle is not None and len(clear) < len(inside):
             clauses.append(f"letter {scene.needle.letter}")
         parts.append(f"{format_seconds(_nearest(start))} : {' , '.join(clauses) or 'nothing'}")
     return " ; ".join(parts) + " ."
 
 
-def list_events(scene: Scene) -> str:
+def list_events(scene: Scene, *, shape_first: bool = False) -> str:
     """Everything that happens, in order of time, in the vocabulary of the questions.
 
     Args:
         scene: what the video shows.
+        shape_first: whether the shape is named before its colour.
 
     Returns:
         For example "4 seconds : red circle appears ; 9 seconds : red circle moves left ; 12 seconds : letter X .";
@@ -454,11 +463,12 @@ def list_events(scene: Scene) -> str:
                 found.append((time, f"letter {scene.needle.letter}"))
         elif view.count(actor) >= 2:
             what = f"turns {actor.new_colour}" if sort == "turns" else sort
-            found.append((time, f"{actor.colour_at(time - view.unit)} {actor.shape} {what}"))
+            found.append((time, " ".join([*_full_name(actor, time - view.unit, shape_first), what])))
     for actor in scene.actors:
         motion = actor.motion
         if motion is not None and view.count(actor, motion.start, motion.end) >= 3:
-            found.append((motion.start, f"{actor.colour} {actor.shape} moves {motion.direction}"))
+            name = _full_name(actor, motion.start, shape_first)
+            found.append((motion.start, " ".join([*name, "moves", motion.direction])))
     clauses = [f"{format_seconds(_nearest(time))} : {what}" for time, what in sorted(found)]
     return (" ; ".join(clauses) or "nothing") + " ."
 

@@ -40,15 +40,15 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 CAPTION_REQUEST = "Describe the video ."
 EVENTS_REQUEST = "List the events ."
+SHAPE_FIRST = " Name shapes before colours ."
 BATCH_SIZE = 8
 MAX_TURNS = 5
 # Neither answer says anything about the answer to another question, so they may join a conversation of any kind.
 HARMLESS_KINDS = ("count", "needle")
 # A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
 # and times are learned slowly.
-ALL_KINDS = ("colour",) * 3 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
-# Descriptions name the colour before the shape, so that finding something by its shape has to be asked for; and so do
-# letters, which last for two frames.
+ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
+# Letters last for two frames; scenes with many shapes leave nothing to be guessed.
 DRILL_KINDS = ("colour",) * 5 + ("direction", "order", "at_time", "when")
 DRILL = Difficulty(shapes=(2, 3, 3, 4), needle=0.8)
 
@@ -66,6 +66,8 @@ class Stage:
         difficulty: what the scenes contain.
         captions: chance that a batch asks for descriptions of the whole video and nothing else.
         events: chance that a batch asks for lists of all events and nothing else.
+        shape_first: chance that those descriptions and lists name a shape before its colour: a model that always
+            writes the colour first never learns to find something by its shape.
         letters: chance that a question is asked with four options and answered by a letter.
         kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
         trainable_parts: what learns; see `VideoSFTConfig`.
@@ -79,6 +81,7 @@ class Stage:
     difficulty: str | Difficulty
     captions: float
     events: float
+    shape_first: float
     letters: float
     kinds: tuple[str, ...] = ALL_KINDS
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
@@ -86,14 +89,25 @@ class Stage:
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
 # The tower is left as its own lessons made it.
-STAGES = (
-    Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.0),
-    Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.0),
-    Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.0),
-    Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.0, 0.0, 0.0, kinds=DRILL_KINDS),
-    Stage("5-questions", 6_400, 1e-3, "constant_with_warmup", 20, "full", 0.05, 0.1, 0.0),
-    Stage("6-finish", 9_600, 1e-3, "linear", 0, "full", 0.0, 0.05, 0.05),
-)
+STAGES = {
+    "videochat_flash": (
+        Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.0, 0.0),
+        Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.0, 0.0),
+        Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.0, 0.0),
+        Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.0, 0.0, 0.0, 0.0, kinds=DRILL_KINDS),
+        Stage("5-names", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.4, 0.2, 0.8, 0.0, kinds=DRILL_KINDS),
+        Stage("6-slow", 4_000, 3e-4, "constant_with_warmup", 20, DRILL, 0.3, 0.2, 0.8, 0.0, kinds=DRILL_KINDS),
+        Stage("7-finish", 14_400, 5e-4, "linear", 20, "full", 0.1, 0.1, 0.7, 0.02),
+    ),
+    "longvu": (
+        Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
+        Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
+        Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
+        Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+        Stage("5-questions", 6_400, 1e-3, "constant_with_warmup", 20, "full", 0.05, 0.1, 0.5, 0.0),
+        Stage("6-finish", 9_600, 1e-3, "linear", 0, "full", 0.0, 0.05, 0.5, 0.05),
+    ),
+}
 
 
 class CorpusConversations(Dataset):
@@ -118,11 +132,15 @@ class CorpusConversations(Dataset):
         frames = render_frames(scene, sample_times(scene.duration, self.num_frames), self.size)
         rng = random.Random(f"conversation {seed}")
         # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
-        form = random.Random(f"batch {seed // BATCH_SIZE}").random()
+        batch_rng = random.Random(f"batch {seed // BATCH_SIZE}")
+        form, shape_first = batch_rng.random(), batch_rng.random() < self.stage.shape_first
+        addition = SHAPE_FIRST if shape_first else ""
         if form < self.stage.captions:
-            return {"messages": conversation(frames, scene.duration, [(CAPTION_REQUEST, describe(scene))])}
+            turn = (CAPTION_REQUEST + addition, describe(scene, shape_first=shape_first))
+            return {"messages": conversation(frames, scene.duration, [turn])}
         if form < self.stage.captions + self.stage.events:
-            return {"messages": conversation(frames, scene.duration, [(EVENTS_REQUEST, list_events(scene))])}
+            turn = (EVENTS_REQUEST + addition, list_events(scene, shape_first=shape_first))
+            return {"messages": conversation(frames, scene.duration, [turn])}
         turns = [
             (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
             for q in choose_questions(all_questions(scene), self.stage.kinds, rng)
@@ -219,6 +237,7 @@ class LossLog(TrainerCallback):
 
 
 def run_stage(
+    stages: tuple[Stage, ...],
     stage: Stage,
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -231,7 +250,8 @@ def run_stage(
     """Trains one stage, from its newest checkpoint if there is one.
 
     Args:
-        stage: what to train on.
+        stages: the whole curriculum.
+        stage: what to train on now.
         model: model to train in place.
         processor: its processor.
         out: folder of all stages.
@@ -243,7 +263,8 @@ def run_stage(
         Whether the stage is complete.
     """
     folder = out / stage.name
-    first_seed = seed * 10_000_000 + sum(s.num_videos for s in STAGES[: STAGES.index(stage)])
+    before = stages[: stages.index(stage)]
+    first_seed = seed * 10_000_000 + sum(other.num_videos for other in before)
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -331,13 +352,13 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
     spec = TINY_MODELS[name]
     model, processor = spec.build()
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
-    for stage in STAGES:
+    for stage in STAGES[name]:
         done = out / stage.name / "done"
         if done.exists():
             checkpoint = find_last_checkpoint(str(done.parent))
             model = type(model).from_pretrained(checkpoint)
             continue
-        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
+        if not run_stage(STAGES[name], stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
             return None
         done.touch()
     export(model, processor, out / "model", log=out / "log.jsonl")

@@ -352,6 +352,8 @@ def test_list_of_events() -> None:
         "7 seconds : blue ring turns green ; 12 seconds : red circle leaves ; 14 seconds : green ring leaves ."
     )
     assert list_events(scene_of(still("cross", "white"))) == "nothing ."
+    assert "4 seconds : circle red appears ;" in list_events(scene, shape_first=True)
+    assert describe(scene, shape_first=True).startswith("0 seconds : ring blue bottom ,")
     vocabulary = set(corpus_vocabulary())
     for scene in SCENES[:100]:
         assert set(split_words(list_events(scene))) <= vocabulary
