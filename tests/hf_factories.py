@@ -16,13 +16,16 @@ import torch
 from transformers import ProcessorMixin
 
 import longvideo  # noqa: F401 (registers the architectures)
+from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration, LongVUModel
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import (
     VideoChatFlashForConditionalGeneration,
     VideoChatFlashModel,
 )
 from tests.tiny import tiny_videochat_flash_config, tiny_videochat_flash_processor
+from tests.tiny_longvu import tiny_longvu_config
+from tests.tiny_longvu_processor import longvu_suite
 
-FACTORIES = ("videochat_flash",)
+FACTORIES = ("videochat_flash", "longvu")
 
 
 def videochat_flash() -> dict:
@@ -78,3 +81,30 @@ def whole_clip_expectations() -> list[dict]:
         {"do_sample_frames": False, "expected_dim": 1, "output_length": 12},
         {"expected_dim": 1, "output_length": 4},
     ]
+
+
+def longvu() -> dict:
+    """LongVU with one image and one video of two frames in every prompt, each at a single placeholder."""
+    # Ids as above: the suite fills up small batches with ids below 5 and clamps ids.
+    config = tiny_longvu_config(image_token_id=5, video_token_id=6)
+    batch_size, num_frames, side = 7, 2, config.vision_config.image_size
+    torch.manual_seed(0)
+    input_ids = torch.randint(10, 200, (batch_size, 12))
+    input_ids[:, 2] = config.image_token_id
+    input_ids[:, 4] = config.video_token_id
+    parts = longvu_suite()
+    pixels = ("pixel_values_videos", "pixel_values_videos_dino", "pixel_values", "pixel_values_dino")
+    return {
+        **parts,
+        "config": config,
+        "model_classes": (LongVUForConditionalGeneration, LongVUModel),
+        "inputs_dict": {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values_videos": torch.rand(batch_size, num_frames, 3, side, side),
+            "pixel_values_videos_dino": torch.rand(batch_size, num_frames, 3, side, side),
+            "pixel_values": torch.rand(batch_size, 3, side, side),
+            "pixel_values_dino": torch.rand(batch_size, 3, side, side),
+        },
+        "overrides": {**parts["overrides"], "additional_model_inputs": list(pixels)},
+    }

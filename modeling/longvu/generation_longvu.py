@@ -297,6 +297,7 @@ class LongVUGenerationMixin(GenerationMixin):
             inputs_embeds,
             VisualInputs(**visual),
             attention_mask=None if mask is None else mask.to(self.device),
+            num_cached=num_cached,
             cached_mask=cached_mask,
             num_new_tokens=asked,
             padding_side="left",

@@ -62,7 +62,7 @@ class TextRow:
     """The text of one sample.
 
     Args:
-        num_text: tokens without placeholders, those in the cache included.
+        num_text: tokens without placeholders, and whatever the cache holds.
         num_counted: tokens that the limits on frames count with (`count_to_pad_id`), placeholders as the original
             counts them.
         query: (L, D) embeddings of the text after the last placeholder.
@@ -111,6 +111,13 @@ def image_is_full(config: LongVUConfig) -> bool:
     return not (config.highres and config.low_grid_images)
 
 
+def has_low_grid(config: LongVUConfig, size: tuple[int, int]) -> bool:
+    """Says whether frames of a size can be shown at a lower resolution; very flat ones would not become smaller."""
+    if not config.highres or config.behaves("budget_without_newlines"):
+        return config.highres
+    return len(grid_tokens(config, size, full=False)) < len(grid_tokens(config, size, full=True))
+
+
 def frame_limits(config: LongVUConfig, budget: int, size: tuple[int, int]) -> FrameLimits:
     """Counts how many frames of a size fit into a budget, as the configured rule counts.
 
@@ -126,7 +133,7 @@ def frame_limits(config: LongVUConfig, budget: int, size: tuple[int, int]) -> Fr
         full, low = config.image_token_len, config.lowres_token**2
     else:
         full, low = (len(grid_tokens(config, size, full=x)) for x in (True, False))
-    return limits(budget, 0, reserve=0, full_tokens=full, low_tokens=low if config.highres else full)
+    return limits(budget, 0, reserve=0, full_tokens=full, low_tokens=low if has_low_grid(config, size) else full)
 
 
 def reduction_limit(config: LongVUConfig, budget: int, size: tuple[int, int]) -> int:
@@ -177,9 +184,9 @@ def row_budget(config: LongVUConfig, row: RowVisuals, text: TextRow) -> int:
         pictures = f", its images {images}" if images else ""
         needed = f"its {len(row.videos)} video(s) need at least {len(row.videos)} more" if row.videos else "that"
         raise ValueError(
-            f"The text of sample {text.sample} takes {text.num_text} positions{pictures} and {text.reserve} are "
-            f"reserved for new tokens; {needed} is more than the context_length of {config.context_length}. Shorten "
-            "the text or lower max_new_tokens."
+            f"The text of sample {text.sample} (with what is cached) takes {text.num_text} positions{pictures} and "
+            f"{text.reserve} are reserved for new tokens; {needed} is more than the context_length of "
+            f"{config.context_length}. Shorten the text or lower max_new_tokens."
         )
     return budget
 
@@ -372,7 +379,7 @@ def render_rows(
                 grid = choose_grid(
                     len(visual.kept_frames),
                     frame_limits(config, counted_room, visual.size),
-                    highres=config.highres,
+                    highres=has_low_grid(config, visual.size),
                     strict_limit=config.behaves("budget_without_newlines"),
                     full_beyond_limit=config.behaves("full_grid_beyond_limit"),
                 )

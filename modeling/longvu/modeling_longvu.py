@@ -299,7 +299,13 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             num_ids = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             cached_mask, mask = split_mask(attention_mask, num_cached, num_ids)
             inserted, selections = self.insert_visuals(
-                input_ids, inputs_embeds, inputs, attention_mask=mask, labels=labels, cached_mask=cached_mask
+                input_ids,
+                inputs_embeds,
+                inputs,
+                attention_mask=mask,
+                labels=labels,
+                num_cached=num_cached,
+                cached_mask=cached_mask,
             )
             input_ids, inputs_embeds, labels = None, inserted.inputs_embeds, inserted.labels
             mask = attention_mask = join_mask(cached_mask, inserted.attention_mask, num_cached)

@@ -138,6 +138,7 @@ class LongVUPromptMixin:
         *,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_cached: int = 0,
         cached_mask: torch.Tensor | None = None,
         num_new_tokens: int | None = None,
         padding_side: str | None = None,
@@ -150,7 +151,8 @@ class LongVUPromptMixin:
             inputs: pixels or features.
             attention_mask: (B, S), 0 on padding.
             labels: (B, S).
-            cached_mask: (B, cached) mask of what stands in the cache before these ids.
+            num_cached: positions in the cache before these ids.
+            cached_mask: (B, num_cached) their mask; None for no padding among them.
             num_new_tokens: positions to leave free; None, and always with `fixed_reserve`, the configured
                 `inference_max_length`.
             padding_side: of the result; None for right where the mask pads on the right, else left.
@@ -170,7 +172,7 @@ class LongVUPromptMixin:
         inputs_embeds, masks = self._embed(input_ids, inputs_embeds, keep_BS)
         visual_BS = masks["image"] | masks["video"]
         batch = len(inputs_embeds)
-        cached_B = [0] * batch if cached_mask is None else cached_mask.sum(1).tolist()
+        cached_B = [num_cached] * batch if cached_mask is None else cached_mask.sum(1).tolist()
         reserve = config.inference_max_length
         if num_new_tokens is not None and not config.behaves("fixed_reserve"):
             reserve = num_new_tokens
