@@ -339,7 +339,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes values to a file under a temporary name first, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -349,7 +350,8 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _show_progress(done: int, total: int) -> None:
+def show_progress(done: int, total: int) -> None:
+    """Tells on standard error how far an evaluation is: a running line on a terminal, otherwise the end only."""
     if sys.stderr.isatty() or done == total:
         print(f"\r{done}/{total} questions", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
@@ -392,7 +394,7 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"num_frames": args.num_frames, "kinds": args.kinds}
     dropout = {"config": None, "on": True, "off": False}[args.visual_dropout]
     start = time.perf_counter()
-    results = evaluate(model, processor, args.num, **settings, visual_dropout=dropout, progress=_show_progress)
+    results = evaluate(model, processor, args.num, **settings, visual_dropout=dropout, progress=show_progress)
     seconds = time.perf_counter() - start
     summary = summarize(results)
     print(format_table(summary))
@@ -404,7 +406,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         told = {**settings, "visual_dropout": args.visual_dropout, "num": args.num, "chance": 1 / NUM_OPTIONS}
         values = {"settings": told, "seconds": seconds, "summary": summary, "answers": [asdict(r) for r in results]}
-        _write_json(Path(args.json), values)
+        write_json(Path(args.json), values)
     return 0
 
 
