@@ -1,5 +1,6 @@
 """The small models that are trained on the corpus: tokenizer, processor and configuration of each architecture."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoCha
 from longvideo.processing.longvu.image_processing_longvu import LongVUImageProcessor
 from longvideo.processing.longvu.processing_longvu import LongVUProcessor
 from longvideo.processing.longvu.video_processing_longvu import LongVUVideoProcessor
+from longvideo.processing.shared.timestamps import TIME_MESSAGE
 from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
 from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
 from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
@@ -100,7 +102,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+def build_text_config(tokenizer: PreTrainedTokenizerFast, *, num_key_value_heads: int = 1) -> Qwen2Config:
     """Makes the configuration of the decoder that all tiny models have."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
@@ -108,7 +110,7 @@ def build_text_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=3,
-        num_key_value_heads=1,
+        num_key_value_heads=num_key_value_heads,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -157,6 +159,27 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
     return VideoChatFlashForConditionalGeneration(config), processor
 
 
+@torch.no_grad()
+def order_numbers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives the numbers that the corpus uses embeddings in waves, so that near numbers are near from the start.
+
+    A decoder that was trained on text knows as much; from random embeddings every sum would be learned by heart.
+
+    Args:
+        model: its input embedding is changed in place.
+        tokenizer: of the model.
+    """
+    table = model.get_input_embeddings().weight
+    width = table.shape[1] // 2
+    frequencies = torch.logspace(math.log10(math.tau / 200), math.log10(math.tau / 4), width)
+    for number in range(61):
+        wave = torch.cat([(number * frequencies).sin(), (number * frequencies).cos()])
+        for text in (str(number), f" {number}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1:
+                table[ids[0]] = wave * INIT_STD * 2**0.5
+
+
 def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Makes the tiny LongVU, random, with its processor."""
     tokenizer = train_tokenizer()
@@ -165,7 +188,7 @@ def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
     config = LongVUConfig(
         vision_config=SiglipVisionConfig(**tower, intermediate_size=288, image_size=FRAME_SIZE, vision_use_head=False),
         dino_config=Dinov2Config(**tower, mlp_ratio=3, image_size=FRAME_SIZE, initializer_range=INIT_STD),
-        text_config=build_text_config(tokenizer),
+        text_config=build_text_config(tokenizer, num_key_value_heads=3),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_hidden_size=96,
@@ -181,8 +204,11 @@ def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_processor=LongVUImageProcessor(size=side, dino_size=side),
         tokenizer=tokenizer,
         video_processor=LongVUVideoProcessor(size=side, dino_size=side),
+        time_message=TIME_MESSAGE,
     )
-    return LongVUForConditionalGeneration(config), processor
+    model = LongVUForConditionalGeneration(config)
+    order_numbers(model, tokenizer)
+    return model, processor
 
 
 def encode_frames(tower: PreTrainedModel, clips: torch.Tensor) -> torch.Tensor:

@@ -102,10 +102,9 @@ STAGES = {
     "longvu": (
         Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
         Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
-        Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
-        Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-        Stage("5-questions", 6_400, 1e-3, "constant_with_warmup", 20, "full", 0.05, 0.1, 0.5, 0.0),
-        Stage("6-finish", 9_600, 1e-3, "linear", 0, "full", 0.0, 0.05, 0.5, 0.05),
+        Stage("3-full", 12_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
+        Stage("4-drill", 4_000, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+        Stage("5-finish", 12_000, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
     ),
 }
 

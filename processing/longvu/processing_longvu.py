@@ -18,6 +18,7 @@ from longvideo.processing.shared.processor_calls import (
     knows_token,
     placeholder_id,
 )
+from longvideo.processing.shared.timestamps import format_time_message
 
 
 class LongVUProcessor(ProcessorMixin):
@@ -35,6 +36,8 @@ class LongVUProcessor(ProcessorMixin):
         video_processor: `LongVUVideoProcessor`.
         chat_template: Jinja template; when None the packaged Llama 3 template for a tokenizer with its tokens,
             otherwise the ChatML template.
+        time_message: Sentence after a video, with the fields `{duration}` (seconds), `{num_frames}`, `{times}`; empty
+            for none, as in the releases, which are not told how long a video is.
 
     Raises:
         ValueError: The tokenizer lacks a placeholder token.
@@ -48,8 +51,10 @@ class LongVUProcessor(ProcessorMixin):
         tokenizer: Any = None,
         video_processor: Any = None,
         chat_template: str | None = None,
+        time_message: str = "",
         **kwargs: Any,
     ) -> None:
+        self.time_message = time_message
         self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
         self.video_token = getattr(tokenizer, "video_token", None) or VIDEO_TOKEN
         self.image_token_id = placeholder_id(tokenizer, self.image_token)
@@ -136,9 +141,12 @@ class LongVUProcessor(ProcessorMixin):
         return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        processed = self.video_processor(videos, **kwargs)
+        processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
         count = len(processed["video_sizes"])
-        return processed, [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
+        texts = [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
+        if not kwargs.get("return_metadata"):
+            processed.pop("video_metadata", None)
+        return processed, texts
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
         """Write what stands in the prompt for one image.
@@ -160,9 +168,19 @@ class LongVUProcessor(ProcessorMixin):
             video_idx: Zero-based index of the video in the call.
 
         Returns:
-            Its placeholder and a line break.
+            Its placeholder, a line break and, where the processor has one, the sentence about time.
         """
-        return self.video_token + "\n"
+        text = self.video_token + "\n"
+        if not self.time_message:
+            return text
+        facts = video_inputs["video_metadata"][video_idx]
+        message = format_time_message(
+            self.time_message,
+            duration=facts.duration,
+            num_frames=int(video_inputs["video_num_frames"][video_idx]),
+            times=getattr(facts, "frame_times", None),
+        )
+        return f"{text}{message} "
 
     def _get_num_multimodal_tokens(
         self, image_sizes: Sequence | None = None, video_sizes: Sequence | None = None, **kwargs: Any

@@ -14,6 +14,7 @@ from transformers.video_utils import VideoMetadata
 from longvideo.evaluation.presets import BENCHMARK_PRESETS
 from longvideo.processing.longvu import LongVUImageProcessor, LongVUProcessor, LongVUVideoProcessor
 from longvideo.processing.shared.chat_templates import load_chat_template
+from longvideo.processing.shared.video_probe import probe_video
 from tests.tiny import tiny_tokenizer
 from tests.tiny_longvu import tiny_longvu_config
 from tests.tiny_longvu_processor import SIDE, tiny_longvu_processor
@@ -91,6 +92,18 @@ def test_one_placeholder_and_a_line_break(processor, clip):
         "<|im_start|>user\n<|video_pad|>\nWhat happens?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert inputs["input_ids"][0].tolist().count(VIDEO_ID) == 1
+
+
+def test_sentence_about_time(processor, clip, tmp_path):
+    told = tiny_longvu_processor()
+    told.time_message = "{duration:.1f} s, {num_frames} frames."
+    texts = [each.decode(ask(each, messages(path=clip))["input_ids"][0]) for each in (processor, told)]
+    inputs = ask(told, messages(path=clip))
+    sentence = f"{probe_video(clip).duration:.1f} s, {int(inputs['video_num_frames'][0])} frames. "
+    assert texts[1] == texts[0].replace("<|video_pad|>\n", f"<|video_pad|>\n{sentence}")
+    assert sentence not in texts[0]
+    told.save_pretrained(tmp_path)
+    assert LongVUProcessor.from_pretrained(tmp_path).time_message == told.time_message
 
 
 def test_frames_in_any_form_give_the_same_pixels(processor, tmp_path):
