@@ -113,9 +113,9 @@ def ask(pipe: Any, video: Path, question: str, *, truth: str | None = None, kind
 
 def format_tokens(counts: dict[str, Any]) -> str:
     """Write the numbers of tokens from the patches of the frames to the last stage."""
-    steps = [f"{counts['patch_tokens']} patches", f"{counts['visual_tokens']} merged"]
-    steps += [f"{stage['visual_tokens']} after layer {stage['layer']}" for stage in counts["after_stages"]]
-    return f"{' -> '.join(steps)} ({counts['frames']} frames)"
+    from longvideo.pipelines.accounting import token_steps
+
+    return f"{' -> '.join(token_steps(counts))} ({counts['frames']} frames)"
 
 
 def format_asked(rows: list[Asked]) -> str:
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     import longvideo
     from longvideo.pipelines import load_pipeline
     from longvideo.pipelines.inputs import check_source
-    from longvideo.show_kept import draw
+    from longvideo.show_kept import draw_kept
 
     if args.question is not None and args.video is None:
         raise ValueError("--question needs --video: the rendered video comes with its own questions.")
@@ -162,13 +162,14 @@ def run(args: argparse.Namespace) -> int:
     print(format_asked(rows))
 
     text, truth, kind = asked[-1]
-    plan = spread_dropout(pipe.model.config.get_text_config().num_hidden_layers)
-    dropped = ask(pipe, video, text, truth=truth, kind=kind, visual_dropout=plan, return_kept_tokens=True)
-    kept = dropped.token_counts["kept"]
-    picture = out / "kept_tokens.png"
-    draw(**kept, path=picture)
-    print(f"{'=' * WIDTH}\nThe last question again, with visual dropout inside the language model:")
-    print(format_asked([dropped]))
+    call, words = {}, ""
+    if pipe.supports_dropout():
+        call["visual_dropout"] = spread_dropout(pipe.model.config.get_text_config().num_hidden_layers)
+        words = ", with visual dropout inside the language model"
+    again = ask(pipe, video, text, truth=truth, kind=kind, return_kept_tokens=True, **call)
+    picture = draw_kept(again.token_counts["kept"], out / "kept_tokens.png")
+    print(f"{'=' * WIDTH}\nThe last question again{words}:")
+    print(format_asked([again]))
     print(f"{'=' * WIDTH}\nPicture of the kept tokens: {picture}")
     return 0
 

@@ -184,9 +184,9 @@ def _answer(
         result = pipe(args.video, args.question, **call)
     kept = result.pop("kept_tokens", None)
     if kept is not None:
-        from longvideo.show_kept import draw
+        from longvideo.show_kept import draw_kept
 
-        draw(**kept, path=args.show_kept)
+        draw_kept(kept, args.show_kept)
     if args.json:
         picture = {"kept_picture": args.show_kept} if kept is not None else {}
         chosen = {key: result[key] for key in ("answer", "timings", "token_counts")}
@@ -202,8 +202,9 @@ def _answer(
 
 def describe(result: dict[str, Any]) -> str:
     """Return one line about frames, tokens and seconds of an answer."""
+    from longvideo.pipelines.accounting import token_steps
+
     counts, seconds = result["token_counts"], result["timings"]
-    steps = [f"{counts['patch_tokens']} patches", f"{counts['visual_tokens']} visual tokens"]
-    steps += [f"{stage['visual_tokens']} after layer {stage['layer']}" for stage in counts["after_stages"]]
     times = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    return f"{counts['frames']} frames: {' -> '.join(steps)}; {counts['text_tokens']} text tokens; {times}"
+    steps = " -> ".join(token_steps(counts))
+    return f"{counts['frames']} frames: {steps}; {counts['text_tokens']} text tokens; {times}"

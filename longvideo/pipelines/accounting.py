@@ -171,7 +171,7 @@ class CallTrace:
 
         Args:
             decode: seconds of decoding before the call.
-            waits: seconds of decoding during the call: before the first window of frames, before the second, and so on.
+            waits: seconds of decoding during the call, before each window of frames.
 
         Returns:
             Seconds of `decode`, `encode` (start of the first tower to end of the projector) and `generate` (the rest).

@@ -267,8 +267,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             force: whether the sample is asked several times.
 
         Returns:
-            The inputs of `generate`, with features in place of pixels; the features, if any; seconds of decoding before each
-            window.
+            The inputs of `generate`, with features in place of pixels; the features, if any; seconds of decoding
+            before each window.
         """
         windows, video = about["windows"], about["shared"] or encoding.SharedVideo()
         if windows is None and not (with_thumbs or force or about["shared"]):
