@@ -102,7 +102,7 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_config(tokenizer: PreTrainedTokenizerFast, *, num_key_value_heads: int = 1) -> Qwen2Config:
+def build_text_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
     """Makes the configuration of the decoder that all tiny models have."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
@@ -110,7 +110,7 @@ def build_text_config(tokenizer: PreTrainedTokenizerFast, *, num_key_value_heads
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=3,
-        num_key_value_heads=num_key_value_heads,
+        num_key_value_heads=3,
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
@@ -119,6 +119,27 @@ def build_text_config(tokenizer: PreTrainedTokenizerFast, *, num_key_value_heads
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+@torch.no_grad()
+def order_numbers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Gives the numbers that the corpus uses embeddings in waves, so that near numbers are near from the start.
+
+    A decoder that was trained on text knows as much; from random embeddings every sum would be learned by heart.
+
+    Args:
+        model: its input embedding is changed in place.
+        tokenizer: of the model.
+    """
+    table = model.get_input_embeddings().weight
+    width = table.shape[1] // 2
+    frequencies = torch.logspace(math.log10(math.tau / 200), math.log10(math.tau / 4), width)
+    for number in range(61):
+        wave = torch.cat([(number * frequencies).sin(), (number * frequencies).cos()])
+        for text in (str(number), f" {number}"):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) == 1:
+                table[ids[0]] = wave * INIT_STD * 2**0.5
 
 
 def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -156,28 +177,9 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
         tokens_per_frame=config.tokens_per_frame,
         mm_local_num_frames=config.mm_local_num_frames,
     )
-    return VideoChatFlashForConditionalGeneration(config), processor
-
-
-@torch.no_grad()
-def order_numbers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Gives the numbers that the corpus uses embeddings in waves, so that near numbers are near from the start.
-
-    A decoder that was trained on text knows as much; from random embeddings every sum would be learned by heart.
-
-    Args:
-        model: its input embedding is changed in place.
-        tokenizer: of the model.
-    """
-    table = model.get_input_embeddings().weight
-    width = table.shape[1] // 2
-    frequencies = torch.logspace(math.log10(math.tau / 200), math.log10(math.tau / 4), width)
-    for number in range(61):
-        wave = torch.cat([(number * frequencies).sin(), (number * frequencies).cos()])
-        for text in (str(number), f" {number}"):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) == 1:
-                table[ids[0]] = wave * INIT_STD * 2**0.5
+    model = VideoChatFlashForConditionalGeneration(config)
+    order_numbers(model, tokenizer)
+    return model, processor
 
 
 def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -188,7 +190,7 @@ def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
     config = LongVUConfig(
         vision_config=SiglipVisionConfig(**tower, intermediate_size=288, image_size=FRAME_SIZE, vision_use_head=False),
         dino_config=Dinov2Config(**tower, mlp_ratio=3, image_size=FRAME_SIZE, initializer_range=INIT_STD),
-        text_config=build_text_config(tokenizer, num_key_value_heads=3),
+        text_config=build_text_config(tokenizer),
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_hidden_size=96,

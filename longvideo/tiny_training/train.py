@@ -89,24 +89,13 @@ class Stage:
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
 # The tower is left as its own lessons made it.
-STAGES = {
-    "videochat_flash": (
-        Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.0, 0.0),
-        Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.0, 0.0),
-        Stage("3-full", 14_400, 1e-3, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.0, 0.0),
-        Stage("4-drill", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.0, 0.0, 0.0, 0.0, kinds=DRILL_KINDS),
-        Stage("5-names", 4_000, 1e-3, "constant_with_warmup", 20, DRILL, 0.4, 0.2, 0.8, 0.0, kinds=DRILL_KINDS),
-        Stage("6-slow", 4_000, 3e-4, "constant_with_warmup", 20, DRILL, 0.3, 0.2, 0.8, 0.0, kinds=DRILL_KINDS),
-        Stage("7-finish", 14_400, 5e-4, "linear", 20, "full", 0.1, 0.1, 0.7, 0.02),
-    ),
-    "longvu": (
-        Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
-        Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
-        Stage("3-full", 12_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
-        Stage("4-drill", 4_000, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-        Stage("5-finish", 12_000, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
-    ),
-}
+STAGES = (
+    Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
+    Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
+    Stage("3-full", 14_400, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
+    Stage("4-drill", 4_000, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+    Stage("5-finish", 12_000, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+)
 
 
 class CorpusConversations(Dataset):
@@ -236,7 +225,6 @@ class LossLog(TrainerCallback):
 
 
 def run_stage(
-    stages: tuple[Stage, ...],
     stage: Stage,
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -249,8 +237,7 @@ def run_stage(
     """Trains one stage, from its newest checkpoint if there is one.
 
     Args:
-        stages: the whole curriculum.
-        stage: what to train on now.
+        stage: what to train on.
         model: model to train in place.
         processor: its processor.
         out: folder of all stages.
@@ -262,8 +249,7 @@ def run_stage(
         Whether the stage is complete.
     """
     folder = out / stage.name
-    before = stages[: stages.index(stage)]
-    first_seed = seed * 10_000_000 + sum(other.num_videos for other in before)
+    first_seed = seed * 10_000_000 + sum(other.num_videos for other in STAGES[: STAGES.index(stage)])
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -351,13 +337,13 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
     spec = TINY_MODELS[name]
     model, processor = spec.build()
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
-    for stage in STAGES[name]:
+    for stage in STAGES:
         done = out / stage.name / "done"
         if done.exists():
             checkpoint = find_last_checkpoint(str(done.parent))
             model = type(model).from_pretrained(checkpoint)
             continue
-        if not run_stage(STAGES[name], stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
+        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
             return None
         done.touch()
     export(model, processor, out / "model", log=out / "log.jsonl")
