@@ -180,6 +180,7 @@ def test_crop_and_newlines_keep_the_order() -> None:
     assert add_newlines(crop_grid(tokens, 16, 9), None).shape == (2, 8, 3)
     assert add_newlines(tokens.half(), newline).dtype == torch.float16
     assert low_grid_size(1, 1, full_side=12, low_side=8) == (1, 1)
+    assert low_grid_size(1280, 720, full_side=12, low_side=8) == (853, 480)
 
 
 @pytest.mark.parametrize(("old", "side"), [(12, 8), (3, 2), (6, 4), (27, 24), (1, 2), (5, 5), (3, 1)])
