@@ -92,9 +92,9 @@ class Stage:
 STAGES = (
     Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
     Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
-    Stage("3-full", 14_400, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
-    Stage("4-drill", 4_000, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-    Stage("5-finish", 12_000, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+    Stage("3-full", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
+    Stage("4-drill", 2_400, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+    Stage("5-finish", 9_600, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
 )
 
 
