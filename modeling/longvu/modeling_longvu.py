@@ -244,7 +244,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
         pixel_values_dino: torch.FloatTensor | None = None,
         image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
-        labels: torch.LongTensor | None = None,
+        carried_labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVUModelOutput:
@@ -264,7 +264,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             pixel_values_dino: see `get_image_features`.
             image_sizes: see `get_image_features`.
             mm_encoder_outputs: features encoded before, `{"video": ..., "image": ...}`.
-            labels: (B, S), returned with -100 on visual tokens.
+            carried_labels: (B, S), returned as `labels` with -100 on visual tokens.
             use_cache: whether a cache is returned.
             **kwargs: passed to the decoder.
 
@@ -303,11 +303,11 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
                 inputs_embeds,
                 inputs,
                 attention_mask=mask,
-                labels=labels,
+                labels=carried_labels,
                 num_cached=num_cached,
                 cached_mask=cached_mask,
             )
-            input_ids, inputs_embeds, labels = None, inserted.inputs_embeds, inserted.labels
+            input_ids, inputs_embeds, carried_labels = None, inserted.inputs_embeds, inserted.labels
             mask = attention_mask = join_mask(cached_mask, inserted.attention_mask, num_cached)
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, num_cached:]
             sizes = PromptSizes(num_ids, inputs_embeds.shape[1], selections)
@@ -323,7 +323,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        return LongVUModelOutput(**outputs, labels=labels, attention_mask=mask, video_selections=selections)
+        return LongVUModelOutput(**outputs, labels=carried_labels, attention_mask=mask, video_selections=selections)
 
     def _has_placeholders(self, input_ids: torch.Tensor | None) -> bool:
         if input_ids is None:
@@ -414,7 +414,7 @@ class LongVUForConditionalGeneration(LongVUPreTrainedModel, LongVUGenerationMixi
             pixel_values_dino=pixel_values_dino,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
-            labels=labels,
+            carried_labels=labels,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,

@@ -1,5 +1,6 @@
 """LongVU as users meet it: batches, chunks, streams, caches, images, features encoded once, budgets, refusals."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -380,7 +381,7 @@ def test_each_original_behaviour_changes_something():
     def look(**options):
         model = tiny_longvu_model(dino_threshold=2.0, drop_threshold=2.0, **options)
         found = []
-        for num_frames, length in ((8, 16), (20, 16), (16, 16), (30, 16)):
+        for num_frames, length in ((8, 16), (9, 16), (20, 16), (30, 16)):
             selection = model(input_ids=prompt(length), **video(num_frames)).video_selections[0]
             found.append((selection.mode, tuple(selection.token_frame.tolist()), selection.full_resolution.tolist()))
         return found
@@ -472,12 +473,17 @@ def test_second_turn_with_another_video(model):
     first = model.generate(input_ids=prompt(10), **video(2), **GREEDY, return_dict_in_generate=True)
     more = torch.cat([first.sequences, prompt(12, 3, seed=3)], 1)
     cache = first.past_key_values
-    positions = cache.get_seq_length()
-    second = model.generate(
-        input_ids=more, past_key_values=cache, **video(30, seed=2), **GREEDY, return_dict_in_generate=True
-    )
-    assert second.sequences.shape[1] == more.shape[1] + 5
-    assert positions < second.past_key_values.get_seq_length() < 120
+    for num_frames, positions in ((30, (110, 120)), (3, (80, 90))):
+        # A long video takes the room that the first turn left, and no more; the last new token is not in the cache.
+        second = model.generate(
+            input_ids=more,
+            past_key_values=copy.deepcopy(cache),
+            **video(num_frames, seed=2),
+            **GREEDY,
+            return_dict_in_generate=True,
+        )
+        assert second.sequences.shape[1] == more.shape[1] + 5
+        assert positions[0] < second.past_key_values.get_seq_length() + 1 <= positions[1]
     third = torch.cat([second.sequences, prompt(3, None)], 1)
     assert model.generate(input_ids=third, past_key_values=second.past_key_values, **GREEDY).shape[1] == 40
     with pytest.raises(ValueError, match=r"The cache holds .* positions for 39 ids .* input_ids has 10"):
@@ -692,7 +698,7 @@ def test_loss_is_over_text_only(model):
     assert output.labels[0, 4:52].eq(-100).all()
     assert output.labels[0, -11:].tolist() == labels[0, -11:].tolist()
     expected = torch.nn.functional.cross_entropy(output.logits[0, 54:62], ids[0, 8:])
-    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.loss, expected, atol=1e-5, rtol=1e-5)  # the mean of other terms beside zeros
     text = model(input_ids=prompt(at=None), labels=prompt(at=None))
     assert torch.isfinite(text.loss) and torch.equal(text.labels, prompt(at=None))
 
