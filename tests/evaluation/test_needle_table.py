@@ -102,6 +102,16 @@ def test_every_setting_switches_its_stage(model, processor, monkeypatch, thresho
         assert (result.mode, result.visual_tokens) == (selection.mode, len(selection.token_frame))
 
 
+def test_videos_that_fit_at_the_low_grid_only(model, processor) -> None:
+    """The original rule leaves them alone where there is a low grid; the settings without one still have to reduce."""
+    model.config.dino_threshold = 0.98
+    by_setting = {x.setting: x for x in answer_settings(model, processor, needle_items(1, 30)[0])}
+    for setting in SETTINGS[:2]:
+        assert by_setting[setting].mode == "full" and by_setting[setting].kept_frames < 25
+    for setting in SETTINGS[2:]:
+        assert by_setting[setting].mode == "mix" and by_setting[setting].kept_frames == 30
+
+
 def test_summary_and_table() -> None:
     results = [found(setting, 64, i % 2) for setting in SETTINGS for i in range(10)]
     results += [found(setting, 256, 1, needle_tokens=i % 4) for setting in SETTINGS for i in range(4)]
