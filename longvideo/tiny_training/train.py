@@ -48,9 +48,9 @@ HARMLESS_KINDS = ("count", "needle")
 # A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
 # and times are learned slowly.
 ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
-# Letters last for two frames; scenes with many shapes leave nothing to be guessed.
-DRILL_KINDS = ("colour",) * 5 + ("direction", "order", "at_time", "when")
-DRILL = Difficulty(shapes=(2, 3, 3, 4), needle=0.8)
+# Letters last for two frames, and few shapes move for long.
+DRILL_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 5 + ("order", "at_time") + ("when",) * 2
+DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ STAGES = (
     Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
     Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
     Stage("3-full", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
-    Stage("4-drill", 2_400, 5e-4, "constant_with_warmup", 20, DRILL, 0.2, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-    Stage("5-finish", 9_600, 5e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+    Stage("4-drill", 3_200, 1e-3, "constant_with_warmup", 20, DRILL, 0.1, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+    Stage("5-finish", 8_000, 7e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
 )
 
 
