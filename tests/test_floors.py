@@ -32,7 +32,12 @@ FLOORS = {
     "tests": 4,
 }
 # Commands that are run with `python -m` and that use the package as its users do: they may use the face.
-COMMANDS = ("evaluation/answer_questions.py", "evaluation/bench.py", "evaluation/demo.py")
+COMMANDS = (
+    "evaluation/answer_questions.py",
+    "evaluation/bench.py",
+    "evaluation/demo.py",
+    "evaluation/needle_table.py",
+)
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
 
 # What a floor may import from outside at the top of a module. Everything else is imported where it is used.
