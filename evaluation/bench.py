@@ -1,8 +1,9 @@
-"""`python -m longvideo.evaluation.bench videochat_flash`: seconds, peak memory and FLOPs of every step, with targets.
+"""`python -m longvideo.evaluation.bench ARCHITECTURE`: seconds, peak memory and FLOPs of every step, with targets.
 
 The model is random and of middle size. Every step runs in a process of its own, so that its peak of resident memory
 (or of GPU memory) is its own; several rounds are run and the fastest counts, so that other work on the machine
-disturbs as little as possible. FLOPs are counted by torch and must equal the formulas of `evaluation.cost`.
+disturbs as little as possible. What is measured stands in the module that `ARCHITECTURES` names. Such a module offers
+`check(args)`, `measure(args, in_process, tell)`, `run_step(words)`, `judge(result, frames)` and `tables(result)`.
 """
 
 import argparse
@@ -11,14 +12,24 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from longvideo.evaluation.bench_steps import CLIP, STEPS, make_clip, run_step
+from longvideo.evaluation.bench_steps import CLIP
 
 FRAMES = (64, 256)
+ARCHITECTURES = {
+    "videochat_flash": "longvideo.evaluation.bench_videochat_flash",
+    "longvu": "longvideo.evaluation.bench_longvu",
+}
+
+
+def load_architecture(name: str) -> ModuleType:
+    """Return the module that measures an architecture, one of `ARCHITECTURES`."""
+    return import_module(ARCHITECTURES[name])
 
 
 def package_environment() -> dict[str, str]:
@@ -33,10 +44,11 @@ def package_environment() -> dict[str, str]:
     return environment
 
 
-def in_process(words: Sequence[str], *, threads: int | None) -> dict[str, Any]:
+def in_process(model: str, words: Sequence[str], *, threads: int | None) -> dict[str, Any]:
     """Run one step in a fresh process.
 
     Args:
+        model: Architecture.
         words: Arguments behind `--step`.
         threads: Threads of torch, None for its default.
 
@@ -49,7 +61,7 @@ def in_process(words: Sequence[str], *, threads: int | None) -> dict[str, Any]:
     environment = package_environment()
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    command = [sys.executable, "-m", "longvideo.evaluation.bench", "--step", *map(str, words)]
+    command = [sys.executable, "-m", "longvideo.evaluation.bench", model, "--step", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise RuntimeError(f"The step {' '.join(map(str, words))} failed:\n{done.stderr[-2000:]}")
@@ -79,33 +91,22 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         args: The parsed arguments.
 
     Returns:
-        `machine`, `steps`, `decoding`, `imports`, `targets`.
+        What the architecture measured, `imports`, `machine`, `targets`.
     """
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    steps: dict[str, dict[str, Any]] = {}
-    for num_frames in args.frames:
-        for step in STEPS:
-            tell(f"{step}, {num_frames} frames")
-            words = [step, num_frames, args.rounds, args.device]
-            steps[f"{step}/{num_frames}"] = in_process(words, threads=args.threads)
-    tell("decoding: writing the clip")
-    decoding: dict[str, Any] = {"bare": [], "read": [], "ratios": []}
-    with tempfile.TemporaryDirectory(prefix="longvideo_bench_") as folder:
-        clip = Path(args.clip) if args.clip else Path(folder) / "clip.mp4"
-        if not args.clip:
-            make_clip(clip, args.minutes)
-        kept = int(args.minutes * 60)
-        for index in range(args.rounds):
-            tell(f"decoding: round {index + 1} of {args.rounds}")
-            decoding["bare"].append(in_process(["bare", clip], threads=args.threads))
-            decoding["read"].append(in_process(["read", clip, kept], threads=args.threads))
+    architecture = load_architecture(args.model)
+
+    def in_own_process(words: Sequence[str]) -> dict[str, Any]:
+        return in_process(args.model, words, threads=args.threads)
+
+    result = architecture.measure(args, in_own_process, tell)
     tell("imports")
-    imports = [import_seconds() for _ in range(max(args.rounds, 3))]
-    result = {"machine": describe_machine(args), "steps": steps, "decoding": decoding, "imports": imports}
-    result["targets"] = judge(result, args.frames)
+    result["imports"] = [import_seconds() for _ in range(max(args.rounds, 3))]
+    result["machine"] = describe_machine(args)
+    result["targets"] = architecture.judge(result, args.frames)
     return result
 
 
@@ -128,12 +129,13 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    words = ["python -m longvideo.evaluation.bench videochat_flash", f"--rounds {args.rounds}"]
+    words = [f"python -m longvideo.evaluation.bench {args.model}", f"--rounds {args.rounds}"]
     if args.threads is not None:
         words.append(f"--threads {args.threads}")
     if args.device != "cpu":
         words.append(f"--device {args.device}")
     return {
+        "architecture": args.model,
         "processor": processor,
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
@@ -146,47 +148,7 @@ def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]:
-    """Compare the measurements with the targets.
-
-    Args:
-        result: `steps`, `decoding`, `imports`.
-        frames: Measured frame counts, ascending.
-
-    Returns:
-        One entry per target: name, measured value, limit, whether it is met, and how it was computed.
-    """
-    steps, low, high = result["steps"], min(frames), max(frames)
-    bare, read = result["decoding"]["bare"], result["decoding"]["read"]
-    wall, cpu = (min(run[key] for run in read) / min(run[key] for run in bare) for key in ("seconds", "cpu_seconds"))
-    # Other work on the machine stretches the clock on the wall, not the processor's.
-    clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
-    unit = "processor time" if clock == "cpu_seconds" else "seconds"
-    added = min(run["longvideo"] for run in result["imports"])
-    before = min(run["transformers"] for run in result["imports"])
-    merge, tower = (steps[f"{name}/{high}"] for name in ("merge", "tower"))
-    growth = tower["peak_bytes"] / max(steps[f"tower/{low}"]["peak_bytes"], 1)
-    merging, merging_wall = (merge[key] / (tower[key] - merge[key]) for key in (clock, "seconds"))
-    dropped, whole = steps[f"prefill_dropout/{high}"], steps[f"prefill/{high}"]
-    prefill, prefill_wall = (dropped[key] / whole[key] for key in (clock, "seconds"))
-    flops = dropped["flops_formula"] / whole["flops_formula"]
-    rows = [
-        (f"memory of chunked encoding, {high} over {low} frames", growth, 1.2, "peak above model and pixels"),
-        (f"merging over tower, {high} frames", merging, 0.05, f"{unit}; wall clock {merging_wall:.3f}"),
-        (f"prefill with over without dropout, {high} frames", prefill, 0.65,
-         f"{unit}; wall clock {prefill_wall:.3f}, FLOPs {flops:.3f}"),
-        ("reading a clip at 1 fps over a bare PyAV pass", wall, 1.3, f"wall clock; processor time {cpu:.2f}"),
-        ("reading a clip at 1 fps, MB over baseline", max(run["peak_bytes"] for run in read) / 1e6, 300,
-         f"{read[0]['kept'] * 224 * 224 * 3 / 1e6:.0f} MB of it are the frames"),
-        ("import longvideo after import transformers, seconds", added, 0.3, f"on top of {before:.2f} s"),
-    ]  # fmt: skip
-    return [
-        {"name": name, "measured": measured, "limit": limit, "met": measured <= limit, "how": how}
-        for name, measured, limit, how in rows
-    ]
-
-
-def format_table(result: dict[str, Any], *, markdown: bool) -> str:
+def format_tables(result: dict[str, Any], *, markdown: bool) -> str:
     """Lay the measurements out.
 
     Args:
@@ -196,40 +158,6 @@ def format_table(result: dict[str, Any], *, markdown: bool) -> str:
     Returns:
         Lines of text.
     """
-    rows = []
-    for name, step in result["steps"].items():
-        label, num_frames = name.split("/")
-        label += " (per token)" if label.startswith("decode") else " + merging" if label == "tower" else ""
-        counted = "-" if step["flops_counted"] is None else f"{step['flops_counted'] / 1e9:.3f}"
-        rows.append(
-            [label, num_frames, f"{step['visual_tokens']:,}", f"{step['seconds']:.4f}", f"{step['cpu_seconds']:.4f}",
-             f"{step['peak_bytes'] / 1e6:.1f}", f"{step['flops_formula'] / 1e9:.3f}", counted]
-        )  # fmt: skip
-    for label, key in (("bare PyAV pass", "bare"), ("reading a clip at 1 fps", "read")):
-        best = min(result["decoding"][key], key=lambda run: run["seconds"])
-        peak = f"{best['peak_bytes'] / 1e6:.1f}" if "peak_bytes" in best else "-"
-        rows.append(
-            [
-                label,
-                str(best.get("kept", best.get("frames"))),
-                "-",
-                f"{best['seconds']:.2f}",
-                f"{best['cpu_seconds']:.2f}",
-                peak,
-                "-",
-                "-",
-            ]
-        )
-    heads = [
-        "step",
-        "frames",
-        "visual tokens",
-        "seconds",
-        "processor s",
-        "peak MB",
-        "GFLOPs, formula",
-        "GFLOPs, counted",
-    ]
     targets = [
         [entry["name"], f"{entry['measured']:.3f}", f"<= {entry['limit']}", "met" if entry["met"] else "NOT MET",
          entry["how"]]
@@ -242,9 +170,10 @@ def format_table(result: dict[str, Any], *, markdown: bool) -> str:
         f"transformers {machine['transformers']}, av {machine['av']}."
     )
     lay = markdown_table if markdown else plain_table
+    blocks = [lay(heads, rows) for heads, rows in load_architecture(machine["architecture"]).tables(result)]
     command = f"`{machine['command']}`" if markdown else machine["command"]
     return "\n\n".join(
-        [lay(heads, rows), lay(["target", "measured", "limit", "", "how"], targets), about, f"Command: {command}"]
+        [*blocks, lay(["target", "measured", "limit", "", "how"], targets), about, f"Command: {command}"]
     )
 
 
@@ -268,12 +197,15 @@ def build_parser() -> argparse.ArgumentParser:
         The parser.
     """
     parser = argparse.ArgumentParser(prog="python -m longvideo.evaluation.bench", description=__doc__)
-    parser.add_argument("model", nargs="?", choices=["videochat_flash"], help="architecture")
+    parser.add_argument("model", nargs="?", choices=list(ARCHITECTURES), help="architecture")
     parser.add_argument("--frames", type=int, nargs="+", default=list(FRAMES), help="frame counts (default: 64 256)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs per step (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs")
     parser.add_argument("--minutes", type=float, default=CLIP["minutes"], help="length of the clip (default: 10)")
+    parser.add_argument(
+        "--memory-frames", type=int, nargs="+", help="lengths for peak memory (default: 256 1024 3600)"
+    )
     parser.add_argument("--clip", help="clip to decode in place of a rendered one; --minutes is its length")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to a file as well")
     parser.add_argument("--markdown", action="store_true", help="print tables for a document")
@@ -292,15 +224,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.step:
-        print(json.dumps(run_step(args.step)))
-        return 0
     if args.model is None:
-        parser.error("name an architecture: videochat_flash")
-    if args.rounds < 1 or any(count < 4 or count % 4 for count in args.frames):
-        parser.error("--rounds must be at least 1 and --frames multiples of 4")
+        parser.error(f"name an architecture: {', '.join(ARCHITECTURES)}")
+    architecture = load_architecture(args.model)
+    if args.step:
+        print(json.dumps(architecture.run_step(args.step)))
+        return 0
+    wrong = "--rounds must be at least 1" if args.rounds < 1 else architecture.check(args)
+    if wrong:
+        parser.error(wrong)
     result = measure(args)
-    print(format_table(result, markdown=args.markdown))
+    print(format_tables(result, markdown=args.markdown))
     if args.json:
         partial = Path(f"{args.json}.partial")
         partial.write_text(json.dumps(result, indent=2))

@@ -1,177 +1,89 @@
-"""Counts tokens, parameters, memory and FLOPs of VideoChat-Flash from its configuration, before anything is loaded.
+"""Counts tokens, parameters, memory and FLOPs of a question from a configuration, before anything is loaded.
+
+What is common to decoders and towers stands here; each architecture's own counts are in the module that `COUNTERS`
+names. Such a module offers
+
+- `estimate(config, num_frames, *, num_text, new_tokens, visual_dropout, dtype, causal)`, an object with `to_dict()`,
+- `usable_frames(config, num_frames)`, the frames that the model takes of so many,
+- `processor_options(config)`, what the video processor is told when frames are chosen,
+- `video_options(processor, source, metadata)`, further arguments of `estimate` that a video decides,
+- `describe(config, counts)`, pairs of name and text for people, and `warn(config, counts, new_tokens)`, text or None.
 
 A multiply-add counts as two FLOPs; norms, activations and softmax are left out, as `torch.utils.flop_counter` does.
-Source: VideoChat-Flash (arXiv 2501.00574), Sec. 3.1 and 3.2; the counts follow the modules of this package.
 
-Legend: F frames, K clips, P patches of a clip, M tokens after merging, V visual tokens, S sequence, D language width,
-E vision width, H heads.
+Legend: F frames, P patches of a frame, V visual tokens, S sequence, D language width, E vision width, H heads.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from longvideo.modeling.layers.token_merging import merge_schedule
-from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
-from longvideo.modeling.videochat_flash.visual_dropout import build_plan
+from transformers import PreTrainedConfig
 
+COUNTERS = {
+    "videochat_flash": "longvideo.evaluation.cost_videochat_flash",
+    "longvu": "longvideo.evaluation.cost_longvu",
+}
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 # Decoders of the Llama family whose query, key and value projections have a bias whatever the configuration says.
 TYPES_WITH_QKV_BIAS = ("qwen2",)
 TYPES_WITH_QK_NORM = ("qwen3",)
 
 
-@dataclass(frozen=True)
-class StageTokens:
-    """Visual tokens that one stage of the dropout lets pass.
-
-    Attributes:
-        layer: Executed decoder layers before the stage.
-        kind: "uniform" or "attention".
-        visual_tokens: Visual tokens after the stage.
-    """
-
-    layer: int
-    kind: str
-    visual_tokens: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a question about one video costs.
-
-    Attributes:
-        num_frames: Sampled frames.
-        num_clips: Clips that the tower sees.
-        patch_tokens: Tokens of all clips before merging.
-        visual_tokens: Visual tokens that enter the decoder.
-        text_tokens: Text tokens of the prompt.
-        stages: Visual tokens after each stage of the dropout.
-        layer_lengths: Tokens that each decoder layer sees, and that its cache holds after the prefill.
-        parameters: Number of weights of `vision`, `projector`, `language`, and their `total`.
-        weight_bytes: Bytes of all weights.
-        cache_bytes: Bytes of keys and values after the prefill.
-        cache_bytes_per_layer: The same for each layer.
-        activation_bytes: Bytes that `pixels`, `tower`, `merge`, `prefill` need for a while, and their `peak`; a model
-            of the largest tensors alive at a time, good to about a factor of 1.5.
-        flops: FLOPs of `tower`, `merge`, `projector`, `prefill`, `decode_per_token`, and `total` before the first
-            answer token.
-    """
-
-    num_frames: int
-    num_clips: int
-    patch_tokens: int
-    visual_tokens: int
-    text_tokens: int
-    stages: list[StageTokens]
-    layer_lengths: list[int]
-    parameters: dict[str, int]
-    weight_bytes: int
-    cache_bytes: int
-    cache_bytes_per_layer: list[int]
-    activation_bytes: dict[str, int]
-    flops: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dicts."""
-        return asdict(self)
-
-
-def patches_per_frame(config: VideoChatFlashConfig) -> int:
-    """Count the patches of a frame.
+def counter_of(config: PreTrainedConfig) -> ModuleType:
+    """Find the module that counts for an architecture.
 
     Args:
-        config: Model configuration.
+        config: Configuration of one of the package's models.
 
     Returns:
-        Patches of the square grid, without a class token.
-    """
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
-
-
-def frames_per_tower_call(config: VideoChatFlashConfig) -> int:
-    """Say how many frames attend to each other in the tower.
-
-    Args:
-        config: Model configuration.
-
-    Returns:
-        The frames of a clip, or 1 for towers that see single frames.
-    """
-    single = config.vision_config.model_type == "siglip_vision_model" or config.vision_encode_type == "image_video"
-    return 1 if single else config.mm_local_num_frames
-
-
-def count_clips(config: VideoChatFlashConfig, num_frames: int) -> int:
-    """Turn a number of frames into a number of clips.
-
-    Args:
-        config: Model configuration.
-        num_frames: Sampled frames, a multiple of the clip length.
-
-    Returns:
-        Clips.
+        The module.
 
     Raises:
-        ValueError: The frames do not fill clips.
+        ValueError: No module counts for this architecture.
     """
-    local = config.mm_local_num_frames
-    if num_frames < 0 or num_frames % local:
-        raise ValueError(f"{num_frames} frames do not fill clips of {local} frames; expected a multiple of {local}.")
-    return num_frames // local
+    name = COUNTERS.get(config.model_type)
+    if name is None:
+        raise ValueError(f"A {config.model_type} model cannot be estimated; expected one of {', '.join(COUNTERS)}.")
+    return import_module(name)
 
 
-# ---------------------------------------------------------------------- tokens and cache
-
-
-def stage_tokens(
-    config: VideoChatFlashConfig, num_visual: int, visual_dropout: bool | dict | None = None
-) -> list[StageTokens]:
-    """Count the visual tokens after each stage of the dropout.
+def estimate(config: PreTrainedConfig, num_frames: int, **kwargs: Any) -> Any:
+    """Count everything about a question on one video.
 
     Args:
-        config: Model configuration.
-        num_visual: Visual tokens that enter the decoder.
-        visual_dropout: As in the model's forward: None (as configured), bool, or dict.
+        config: Configuration of one of the package's models.
+        num_frames: Sampled frames.
+        **kwargs: As for the `estimate` of the architecture: `num_text`, `new_tokens`, `visual_dropout`, `dtype`.
 
     Returns:
-        One entry per stage, none when nothing is dropped.
+        The counts, with `to_dict()`.
 
-    Source: VideoChat-Flash Sec. 3.2; `modeling_qwen2_flash.py` (shares of the original count, truncated).
+    Raises:
+        ValueError: The architecture cannot be counted, or arguments that do not fit it.
     """
-    plan = build_plan(config, visual_dropout) if num_visual else None
-    if plan is None:
-        return []
-    return [
-        StageTokens(layer, plan.stage_kind(stage), int(num_visual * plan.ratios[stage + 1]))
-        for stage, layer in enumerate(plan.layers)
-    ]
+    return counter_of(config).estimate(config, num_frames, **kwargs)
 
 
-def layer_lengths(
-    config: VideoChatFlashConfig, num_visual: int, num_text: int, visual_dropout: bool | dict | None = None
-) -> list[int]:
-    """Count the tokens that each decoder layer sees in the prefill; its cache holds as many.
+def value_bytes(dtype: str) -> int:
+    """Return the bytes of a value.
 
     Args:
-        config: Model configuration.
-        num_visual: Visual tokens that enter the decoder.
-        num_text: Text tokens of the prompt.
-        visual_dropout: As in the model's forward.
+        dtype: "bf16", "fp16" or "fp32".
 
-    Returns:
-        One length per decoder layer.
+    Raises:
+        ValueError: Unknown type.
     """
-    stages = stage_tokens(config, num_visual, visual_dropout)
-    lengths = []
-    for index in range(config.text_config.num_hidden_layers):
-        passed = [stage.visual_tokens for stage in stages if stage.layer <= index]
-        lengths.append(num_text + (passed[-1] if passed else num_visual))
-    return lengths
+    if dtype not in BYTES_OF_DTYPE:
+        raise ValueError(f"Unknown dtype {dtype!r}, expected one of bf16, fp16, fp32.")
+    return BYTES_OF_DTYPE[dtype]
 
 
-def head_sizes(config: VideoChatFlashConfig) -> tuple[int, int]:
+# ---------------------------------------------------------------------- decoder
+
+
+def head_sizes(config: PreTrainedConfig) -> tuple[int, int]:
     """Return the widths of all query heads and of all key heads of the decoder.
 
     Args:
@@ -186,9 +98,7 @@ def head_sizes(config: VideoChatFlashConfig) -> tuple[int, int]:
     return text.num_attention_heads * head_dim, num_key_heads * head_dim
 
 
-def cache_bytes_per_layer(
-    config: VideoChatFlashConfig, lengths: Sequence[int], *, bytes_per_value: int = 2
-) -> list[int]:
+def cache_bytes_per_layer(config: PreTrainedConfig, lengths: Sequence[int], *, bytes_per_value: int = 2) -> list[int]:
     """Count the bytes of keys and values of each decoder layer.
 
     Args:
@@ -203,47 +113,14 @@ def cache_bytes_per_layer(
     return [2 * length * key_width * bytes_per_value for length in lengths]
 
 
-# ---------------------------------------------------------------------- weights
-
-
-def count_tower_parameters(config: VideoChatFlashConfig) -> int:
-    """Count the weights of the video tower.
+def count_language_parameters(config: PreTrainedConfig) -> int:
+    """Count the weights of the decoder.
 
     Args:
         config: Model configuration.
 
     Returns:
-        Number of values.
-
-    Raises:
-        ValueError: An unknown kind of tower.
-    """
-    vision, patches = config.vision_config, patches_per_frame(config)
-    width, inner, layers = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
-    embed = width * vision.num_channels * vision.patch_size**2 + width
-    mlp = 2 * width * inner + inner + width
-    attention = 4 * width**2 + width
-    if vision.model_type == "umt_vision_model":
-        return embed + layers * (attention + mlp + 6 * width) + 2 * width
-    if vision.model_type == "internvideo2_vision_model":
-        tables = width * (1 + (1 + vision.num_frames * patches) + (1 + patches))
-        return embed + tables + layers * (attention + mlp + 6 * width)
-    if vision.model_type == "siglip_vision_model":
-        head = 0
-        if getattr(vision, "vision_use_head", True):
-            head = width + 4 * width**2 + 4 * width + 2 * width + mlp
-        return embed + patches * width + layers * (attention + 3 * width + mlp + 4 * width) + head
-    raise ValueError(f"The weights of a tower of type {vision.model_type!r} cannot be counted.")
-
-
-def count_parameters(config: VideoChatFlashConfig) -> dict[str, int]:
-    """Count the weights of every part.
-
-    Args:
-        config: Model configuration.
-
-    Returns:
-        Number of values of `vision`, `projector`, `language` (with the output head), and `total`.
+        Number of values, token table and output head included.
     """
     text, width = config.text_config, config.text_config.hidden_size
     query_width, key_width = head_sizes(config)
@@ -253,73 +130,10 @@ def count_parameters(config: VideoChatFlashConfig) -> dict[str, int]:
     if text.model_type in TYPES_WITH_QK_NORM:
         layer += 2 * query_width // text.num_attention_heads
     tables = text.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    counts = {
-        "vision": count_tower_parameters(config),
-        "projector": config.vision_config.hidden_size * width + width + width * width + width,
-        "language": text.num_hidden_layers * layer + width + tables,
-    }
-    return {**counts, "total": sum(counts.values())}
+    return text.num_hidden_layers * layer + width + tables
 
 
-# ---------------------------------------------------------------------- FLOPs
-
-
-def tower_flops(config: VideoChatFlashConfig, num_frames: int) -> int:
-    """Count the FLOPs of the video tower.
-
-    Args:
-        config: Model configuration.
-        num_frames: Sampled frames, a multiple of the clip length.
-
-    Returns:
-        FLOPs of patch embedding, projections, attention and MLP of all clips.
-    """
-    vision, width = config.vision_config, config.vision_config.hidden_size
-    together = frames_per_tower_call(config)
-    calls = count_clips(config, num_frames) * config.mm_local_num_frames // together
-    patches = together * patches_per_frame(config)
-    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
-    tokens = patches + (1 if vision.model_type == "internvideo2_vision_model" else 0)
-    linear = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size)
-    return calls * (embed + vision.num_hidden_layers * (linear + 4 * tokens * tokens * width))
-
-
-def merge_flops(config: VideoChatFlashConfig, num_clips: int) -> int:
-    """Count the FLOPs of the similarities that token merging computes.
-
-    Args:
-        config: Model configuration.
-        num_clips: Clips.
-
-    Returns:
-        FLOPs of all rounds: even tokens times odd tokens times the width of a head.
-    """
-    vision = config.vision_config
-    head_width = vision.hidden_size // vision.num_attention_heads
-    num_tokens, flops = config.mm_local_num_frames * patches_per_frame(config), 0
-    for num_merges in merge_schedule(num_tokens, config.tokens_per_clip):
-        flops += 2 * ((num_tokens + 1) // 2) * (num_tokens // 2) * head_width
-        num_tokens -= num_merges
-    return num_clips * flops
-
-
-def projector_flops(config: VideoChatFlashConfig, num_visual: int) -> int:
-    """Count the FLOPs of the two layers behind token merging.
-
-    Args:
-        config: Model configuration.
-        num_visual: Merged tokens.
-
-    Returns:
-        FLOPs.
-    """
-    width = config.text_config.hidden_size
-    return 2 * num_visual * (config.vision_config.hidden_size * width + width * width)
-
-
-def decoder_layer_flops(
-    config: VideoChatFlashConfig, num_new: int, num_cached: int = 0, *, causal: bool = True
-) -> int:
+def decoder_layer_flops(config: PreTrainedConfig, num_new: int, num_cached: int = 0, *, causal: bool = True) -> int:
     """Count the FLOPs of one decoder layer.
 
     Args:
@@ -339,50 +153,7 @@ def decoder_layer_flops(
     return linear + 4 * (pairs + num_new * num_cached) * query_width
 
 
-def selection_flops(config: VideoChatFlashConfig, num_tokens: int) -> int:
-    """Count the FLOPs of choosing tokens by the attention of the last prompt token.
-
-    Args:
-        config: Model configuration.
-        num_tokens: Tokens before the stage.
-
-    Returns:
-        FLOPs of the key projection, one query row and its scores.
-    """
-    query_width, key_width = head_sizes(config)
-    width = config.text_config.hidden_size
-    return 2 * num_tokens * width * key_width + 2 * width * query_width + 2 * num_tokens * query_width
-
-
-def prefill_flops(
-    config: VideoChatFlashConfig,
-    num_visual: int,
-    num_text: int,
-    visual_dropout: bool | dict | None = None,
-    *,
-    causal: bool = True,
-) -> int:
-    """Count the FLOPs of the decoder on the whole prompt, with logits of its last token only.
-
-    Args:
-        config: Model configuration.
-        num_visual: Visual tokens that enter the decoder.
-        num_text: Text tokens of the prompt.
-        visual_dropout: As in the model's forward.
-        causal: See `decoder_layer_flops`.
-
-    Returns:
-        FLOPs of layers, dropout stages and output head.
-    """
-    lengths = layer_lengths(config, num_visual, num_text, visual_dropout)
-    flops = sum(decoder_layer_flops(config, length, causal=causal) for length in lengths)
-    for stage in stage_tokens(config, num_visual, visual_dropout):
-        if stage.kind == "attention":
-            flops += selection_flops(config, lengths[stage.layer - 1])
-    return flops + 2 * config.text_config.hidden_size * config.text_config.vocab_size
-
-
-def decode_flops(config: VideoChatFlashConfig, lengths: Sequence[int]) -> int:
+def decode_flops(config: PreTrainedConfig, lengths: Sequence[int]) -> int:
     """Count the FLOPs of one answer token.
 
     Args:
@@ -396,95 +167,93 @@ def decode_flops(config: VideoChatFlashConfig, lengths: Sequence[int]) -> int:
     return layers + 2 * config.text_config.hidden_size * config.text_config.vocab_size
 
 
-# ---------------------------------------------------------------------- memory in use for a while
-
-
-def activation_bytes(
-    config: VideoChatFlashConfig, num_frames: int, sequence_length: int, *, bytes_per_value: int = 2
-) -> dict[str, int]:
-    """Estimate the bytes that each step holds besides weights and cache.
+def decoder_values_per_token(config: PreTrainedConfig) -> int:
+    """Count the values that a token of the prompt holds for a while in the decoder.
 
     Args:
         config: Model configuration.
-        num_frames: Sampled frames.
-        sequence_length: Tokens of the prompt, text and visual.
-        bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
 
     Returns:
-        Bytes of `pixels` (float32, all frames), `tower` and `merge` (one chunk of clips), `prefill`, and the `peak`:
-        pixels and visual features together with the largest step.
+        Residual and normed input, and in turn gate and halves of the MLP, or the parts of attention.
     """
-    vision, text = config.vision_config, config.text_config
-    clips = count_clips(config, num_frames)
-    chunk = min(config.vision_chunk_size, clips)
-    patches = config.mm_local_num_frames * patches_per_frame(config)
     query_width, key_width = head_sizes(config)
-    # Alive at once: residual, normed input, and in turn the fused projection with its parts, or the MLP before and
-    # after its activation (the decoder's MLP has a gate besides).
-    per_patch = max(7 * vision.hidden_size, 2 * vision.hidden_size + 2 * vision.intermediate_size)
-    per_token = 2 * text.hidden_size + max(3 * text.intermediate_size, 3 * query_width + 4 * key_width)
-    num_pixels = vision.num_channels * vision.image_size**2
-    features = clips * config.tokens_per_clip * text.hidden_size * bytes_per_value
-    steps = {
-        "tower": chunk * patches * per_patch * bytes_per_value,
-        # Float32 copies of the tokens and the similarities of the first round.
-        "merge": chunk * 4 * (3 * patches * (vision.hidden_size + 1) + patches**2 // 4),
-        "prefill": sequence_length * per_token * bytes_per_value,
-    }
-    pixels = 4 * num_frames * num_pixels
-    return {"pixels": pixels, **steps, "peak": pixels + features + max(steps.values())}
+    text = config.text_config
+    return 2 * text.hidden_size + max(3 * text.intermediate_size, 3 * query_width + 4 * key_width)
 
 
-def estimate(
-    config: VideoChatFlashConfig,
-    num_frames: int,
-    *,
-    num_text: int = 64,
-    visual_dropout: bool | dict | None = None,
-    dtype: str = "bf16",
-    causal: bool = True,
-) -> Estimate:
-    """Count everything about a question on one video.
+# ---------------------------------------------------------------------- towers
+
+
+def patches_of(vision: PreTrainedConfig) -> int:
+    """Count the patches of a frame in a tower.
 
     Args:
-        config: Model configuration.
-        num_frames: Sampled frames, a multiple of the clip length.
-        num_text: Text tokens of the prompt.
-        visual_dropout: As in the model's forward: None (as configured), bool, or dict.
-        dtype: "bf16", "fp16" or "fp32", of weights, cache and activations.
-        causal: See `decoder_layer_flops`.
+        vision: Configuration of the tower.
 
     Returns:
-        The counts.
-
-    Raises:
-        ValueError: Frames that do not fill clips, an unknown dtype, or a dropout that does not fit the model.
+        Patches of the square grid, without a class token.
     """
-    if dtype not in BYTES_OF_DTYPE:
-        raise ValueError(f"Unknown dtype {dtype!r}, expected one of bf16, fp16, fp32.")
-    size, clips = BYTES_OF_DTYPE[dtype], count_clips(config, num_frames)
-    num_visual = clips * config.tokens_per_clip
-    lengths = layer_lengths(config, num_visual, num_text, visual_dropout)
-    cache = cache_bytes_per_layer(config, lengths, bytes_per_value=size)
-    flops = {
-        "tower": tower_flops(config, num_frames),
-        "merge": merge_flops(config, clips),
-        "projector": projector_flops(config, num_visual),
-        "prefill": prefill_flops(config, num_visual, num_text, visual_dropout, causal=causal),
-    }
-    parameters = count_parameters(config)
-    return Estimate(
-        num_frames=num_frames,
-        num_clips=clips,
-        patch_tokens=num_frames * patches_per_frame(config),
-        visual_tokens=num_visual,
-        text_tokens=num_text,
-        stages=stage_tokens(config, num_visual, visual_dropout),
-        layer_lengths=lengths,
-        parameters=parameters,
-        weight_bytes=parameters["total"] * size,
-        cache_bytes=sum(cache),
-        cache_bytes_per_layer=cache,
-        activation_bytes=activation_bytes(config, num_frames, num_visual + num_text, bytes_per_value=size),
-        flops={**flops, "total": sum(flops.values()), "decode_per_token": decode_flops(config, lengths)},
-    )
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def count_siglip_parameters(vision: PreTrainedConfig) -> int:
+    """Count the weights of a SigLIP tower.
+
+    Args:
+        vision: Configuration of the tower.
+
+    Returns:
+        Number of values without the last norm, whose place another module takes; with the pooling head where the
+        configuration has one.
+    """
+    width, inner = vision.hidden_size, vision.intermediate_size
+    attention, mlp = 4 * width**2 + width, 2 * width * inner + inner + width
+    head = 0
+    if getattr(vision, "vision_use_head", True):
+        head = width + 4 * width**2 + 4 * width + 2 * width + mlp
+    embed = width * vision.num_channels * vision.patch_size**2 + width + patches_of(vision) * width
+    return embed + vision.num_hidden_layers * (attention + 3 * width + mlp + 4 * width) + head
+
+
+def tower_call_flops(vision: PreTrainedConfig, patches: int, tokens: int, mlp_values: int) -> int:
+    """Count the FLOPs of one call of a tower on tokens that all attend to each other.
+
+    Args:
+        vision: Configuration of the tower.
+        patches: Patches that are embedded.
+        tokens: Tokens in the layers, a class token included.
+        mlp_values: Weights of the MLP of a layer, without biases.
+
+    Returns:
+        FLOPs of patch embedding, projections, attention and MLP.
+    """
+    width = vision.hidden_size
+    embed = 2 * patches * vision.num_channels * vision.patch_size**2 * width
+    linear = 2 * tokens * (4 * width * width + mlp_values)
+    return embed + vision.num_hidden_layers * (linear + 4 * tokens * tokens * width)
+
+
+def tower_values_per_token(vision: PreTrainedConfig, inner: int) -> int:
+    """Count the values that a token holds for a while in a tower.
+
+    Args:
+        vision: Configuration of the tower.
+        inner: Width of the MLP.
+
+    Returns:
+        Residual, normed input, and in turn the projections with their parts, or the MLP before and after activation.
+    """
+    return max(7 * vision.hidden_size, 2 * vision.hidden_size + 2 * inner)
+
+
+# ---------------------------------------------------------------------- text for people
+
+
+def gigabytes(count: int) -> str:
+    """Write bytes as GB or MB (powers of ten)."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def teraflops(count: int) -> str:
+    """Write FLOPs as T or G."""
+    return f"{count / 1e12:,.1f} TFLOPs" if count >= 1e11 else f"{count / 1e9:,.2f} GFLOPs"

@@ -1,11 +1,15 @@
-"""Sizes of the published VideoChat-Flash checkpoints, for estimates and for tests that need no download.
+"""Sizes of the published checkpoints, for estimates and for tests that need no download.
 
-Source: VideoChat-Flash model repositories of OpenGVLab; tensors and values as counted in the original classes.
+Source: model repositories of OpenGVLab (VideoChat-Flash) and Vision-CAIR (LongVU); tensors and values as counted in
+the original classes. LongVU's files hold no towers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedConfig
+
+from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 
 QWEN2_7B: dict[str, Any] = {
@@ -28,6 +32,38 @@ QWEN2_5_1_5B = {
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
 }
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3_2_3B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": LLAMA3_ROPE,
+}
+LLAMA3_2_1B = {
+    **LLAMA3_2_3B,
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "head_dim": 64,
+}
+# What the releases do, with every behaviour of the original code.
+LONGVU_VIDEO = {"original_behaviour": True}
+TIED = {"tie_word_embeddings": True}  # as in the base models
+LONGVU_IMAGE = {**LONGVU_VIDEO, "image_token_len": 576, "highres": False}
 UMT_224 = {"model_type": "umt_vision_model", "image_size": 224}
 UMT_448 = {"model_type": "umt_vision_model", "image_size": 448}
 INTERNVIDEO2 = {"model_type": "internvideo2_vision_model"}
@@ -39,28 +75,33 @@ class Preset:
 
     Attributes:
         repositories: Hub repositories of this size.
-        vision: Arguments of the tower's configuration.
+        vision: Arguments of the tower's configuration; None for the default of the architecture.
         text: Arguments of the decoder's configuration.
         num_tensors: Tensors of the original checkpoint.
         num_values: Values of the original checkpoint.
+        config_class: Class of the model configuration.
+        settings: Further arguments of it.
     """
 
     repositories: tuple[str, ...]
-    vision: dict[str, Any]
+    vision: dict[str, Any] | None
     text: dict[str, Any]
     num_tensors: int
     num_values: int
+    config_class: type[PreTrainedConfig] = VideoChatFlashConfig
+    settings: dict[str, Any] = field(default_factory=dict)
 
-    def config(self, **kwargs: Any) -> VideoChatFlashConfig:
+    def config(self, **kwargs: Any) -> PreTrainedConfig:
         """Build the model configuration.
 
         Args:
-            **kwargs: Further arguments of `VideoChatFlashConfig`.
+            **kwargs: Further arguments of the configuration.
 
         Returns:
             The configuration of this size.
         """
-        return VideoChatFlashConfig(vision_config=dict(self.vision), text_config=dict(self.text), **kwargs)
+        vision = None if self.vision is None else dict(self.vision)
+        return self.config_class(vision_config=vision, text_config=dict(self.text), **{**self.settings, **kwargs})
 
 
 PRESETS = {
@@ -79,6 +120,48 @@ PRESETS = {
     ),
     "videochat_flash-internvideo2": Preset(
         ("OpenGVLab/VideoChat-Flash-Qwen2_5-7B_InternVideo2-1B",), INTERNVIDEO2, QWEN2_7B, 855, 8_620_852_736
+    ),
+    "longvu-7b": Preset(
+        ("Vision-CAIR/LongVU_Qwen2_7B",), None, QWEN2_7B, 429, 7_671_665_664, LongVUConfig, LONGVU_VIDEO
+    ),
+    "longvu-7b-img": Preset(
+        ("Vision-CAIR/LongVU_Qwen2_7B_img",), None, QWEN2_7B, 423, 7_671_641_088, LongVUConfig, LONGVU_IMAGE
+    ),
+    "longvu-3b": Preset(
+        ("Vision-CAIR/LongVU_Llama3_2_3B",),
+        None,
+        LLAMA3_2_3B,
+        345,
+        3_658_867_712,
+        LongVUConfig,
+        {**LONGVU_VIDEO, **TIED},
+    ),
+    "longvu-3b-img": Preset(
+        ("Vision-CAIR/LongVU_Llama3_2_3B_img",),
+        None,
+        LLAMA3_2_3B,
+        339,
+        3_658_843_136,
+        LongVUConfig,
+        {**LONGVU_IMAGE, **TIED},
+    ),
+    "longvu-1b": Preset(
+        ("Vision-CAIR/LongVU_Llama3_2_1B",),
+        None,
+        LLAMA3_2_1B,
+        237,
+        1_544_303_616,
+        LongVUConfig,
+        {**LONGVU_VIDEO, **TIED},
+    ),
+    "longvu-1b-img": Preset(
+        ("Vision-CAIR/LongVU_Llama3_2_1B_img",),
+        None,
+        LLAMA3_2_1B,
+        231,
+        1_544_279_040,
+        LongVUConfig,
+        {**LONGVU_IMAGE, **TIED},
     ),
 }
 

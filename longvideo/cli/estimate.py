@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from longvideo.evaluation.cost import Estimate
-    from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
+    from transformers import PreTrainedConfig
 
 HELP = (
     "Count tokens, memory and FLOPs of a question about a video before anything is loaded: only the configuration of "
@@ -28,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         default=DEFAULT_MODEL,
         help="folder with a config.json, Hub id, or a published size: videochat_flash-7b-448, -7b-224, -2b-448, "
-        f"-internvideo2 (default: {DEFAULT_MODEL})",
+        f"-internvideo2, longvu-7b, -3b, -1b, each also with -img (default: {DEFAULT_MODEL})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     frames = parser.add_argument_group("frames")
@@ -69,33 +68,33 @@ def run(args: argparse.Namespace) -> int:
     """
     check_arguments(args)
     from longvideo.cli.ask import parse_visual_dropout
-    from longvideo.evaluation.cost import estimate
+    from longvideo.evaluation.cost import counter_of
 
     config, folder = load_config(args.model)
-    num_frames, video = choose_num_frames(args, config, folder)
-    counts = estimate(
+    counter = counter_of(config)
+    num_frames, video, options = choose_num_frames(args, config, folder)
+    counts = counter.estimate(
         config,
         num_frames,
         num_text=args.text_tokens,
+        new_tokens=args.new_tokens,
         visual_dropout=parse_visual_dropout(args.dropout),
         dtype=args.dtype,
+        **options,
     )
-    limit = getattr(config.text_config, "max_position_embeddings", None)
-    needed = counts.visual_tokens + counts.text_tokens + args.new_tokens
-    warning = None
-    if limit is not None and needed > limit:
-        most = max((limit - args.text_tokens - args.new_tokens) // config.tokens_per_clip, 0)
-        warning = (
-            f"prompt and answer need {needed:,} positions, the model has {limit:,}: take at most "
-            f"{most * config.mm_local_num_frames:,} frames, or extend it with YaRN (rope_parameters)."
-        )
+    warning = counter.warn(config, counts, args.new_tokens)
     if args.json:
         print(json.dumps({"model": args.model, "dtype": args.dtype, "video": video, "warning": warning,
                           **counts.to_dict()}, indent=2))  # fmt: skip
-    else:
-        print(format_estimate(args, config, counts, video))
-        if warning:
-            print(f"\nwarning: {warning}")
+        return 0
+    rows = [("model", f"{args.model}, {counts.parameters['total']:,} weights, {args.dtype}")]
+    if video is not None:
+        size = f"{video['width']}x{video['height']}"
+        rows.append(("video", f"{video['duration']:.2f} s, {video['frames']:,} frames, {size}"))
+    rows += counter.describe(config, counts)
+    print("\n".join(f"{name:<18}{text}" for name, text in rows))
+    if warning:
+        print(f"\nwarning: {warning}")
     return 0
 
 
@@ -122,7 +121,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {least}.")
 
 
-def load_config(name: str) -> tuple["VideoChatFlashConfig", Path | None]:
+def load_config(name: str) -> tuple["PreTrainedConfig", Path | None]:
     """Find the configuration of a model; no weights are read.
 
     Args:
@@ -135,9 +134,11 @@ def load_config(name: str) -> tuple["VideoChatFlashConfig", Path | None]:
         ValueError: The name is unknown or the configuration is of another architecture.
         OSError: config.json cannot be found.
     """
+    from transformers import CONFIG_MAPPING
+
     from longvideo.conversion.base import find_conversion
+    from longvideo.evaluation.cost import COUNTERS
     from longvideo.evaluation.presets import PRESETS, find_preset
-    from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 
     preset, folder = find_preset(name), Path(name).expanduser()
     if preset is not None and not folder.is_dir():
@@ -155,11 +156,9 @@ def load_config(name: str) -> tuple["VideoChatFlashConfig", Path | None]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no configuration; expected a JSON object.")
     folder = folder if folder.is_dir() else None
-    if content.get("model_type") == VideoChatFlashConfig.model_type:
-        return VideoChatFlashConfig.from_dict(content), folder
+    if content.get("model_type") in COUNTERS:
+        return CONFIG_MAPPING[content["model_type"]].from_dict(content), folder
     conversion = find_conversion(content)
-    if conversion.name != VideoChatFlashConfig.model_type:
-        raise ValueError(f"{path} is a {conversion.name}; only VideoChat-Flash can be estimated.")
     conversion.check_config(content)
     return conversion.build_config(content), folder
 
@@ -196,8 +195,8 @@ def download_config(name: str, *, known: str) -> Path:
 
 
 def choose_num_frames(
-    args: argparse.Namespace, config: "VideoChatFlashConfig", folder: Path | None
-) -> tuple[int, dict[str, Any] | None]:
+    args: argparse.Namespace, config: "PreTrainedConfig", folder: Path | None
+) -> tuple[int, dict[str, Any] | None, dict[str, Any]]:
     """Count the frames as the processor would choose them.
 
     Args:
@@ -206,28 +205,22 @@ def choose_num_frames(
         folder: Checkpoint folder whose processor settings count, or None for the defaults.
 
     Returns:
-        Number of frames, and the facts of the video or None.
+        Number of frames, the facts of the video or None, and what else of it counts.
     """
-    from longvideo.processing.shared.frame_sampling import whole_clips
+    from longvideo.evaluation.cost import counter_of
     from longvideo.processing.shared.video_io import describe_video
 
+    counter = counter_of(config)
     if args.video is None:
-        return whole_clips(args.frames, config.mm_local_num_frames, name="--frames"), None
-    from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
-
-    has_settings = folder is not None and any(
-        (folder / name).is_file() for name in ("processor_config.json", "video_preprocessor_config.json")
-    )
-    processor = (
-        VideoChatFlashVideoProcessor.from_pretrained(folder) if has_settings else VideoChatFlashVideoProcessor()
-    )
+        return counter.usable_frames(config, args.frames), None, {}
+    processor = load_video_processor(config, folder)
     metadata = describe_video(args.video, start=args.start, end=args.end)
     wishes = {
         "num_frames": args.frames,
         "fps": args.fps,
         "min_frames": args.min_frames,
         "max_frames": args.max_frames,
-        "mm_local_num_frames": config.mm_local_num_frames,
+        **counter.processor_options(config),
     }
     indices = processor.choose_frames(metadata, processor.sampling_rule({}, wishes))
     facts = {
@@ -238,58 +231,23 @@ def choose_num_frames(
         "width": metadata.width,
         "height": metadata.height,
     }
-    return len(indices), facts
+    return len(indices), facts, counter.video_options(processor, args.video, metadata)
 
 
-def format_estimate(
-    args: argparse.Namespace, config: "VideoChatFlashConfig", counts: "Estimate", video: dict[str, Any] | None
-) -> str:
-    """Lay the counts out for people.
+def load_video_processor(config: "PreTrainedConfig", folder: Path | None) -> Any:
+    """Make the video processor of an architecture.
 
     Args:
-        args: The parsed arguments.
         config: Model configuration.
-        counts: The counts.
-        video: Facts of the video or None.
+        folder: Checkpoint folder whose processor settings count, or None for the defaults.
 
     Returns:
-        Lines of text.
+        The processor.
     """
-    memory, flops = counts.activation_bytes, counts.flops
-    size = config.vision_config.image_size
-    rows = [("model", f"{args.model}, {counts.parameters['total']:,} weights, {args.dtype}")]
-    if video is not None:
-        rows.append(
-            ("video", f"{video['duration']:.2f} s, {video['frames']:,} frames, {video['width']}x{video['height']}")
-        )
-    rows += [
-        ("frames", f"{counts.num_frames:,} of {size}x{size} pixels in {counts.num_clips:,} clips"),
-        ("patch tokens", f"{counts.patch_tokens:,}"),
-        ("visual tokens", f"{counts.visual_tokens:,} after merging, and {counts.text_tokens} of text"),
-    ]
-    rows += [(f"  after layer {stage.layer}", f"{stage.visual_tokens:,} ({stage.kind})") for stage in counts.stages]
-    total = counts.weight_bytes + counts.cache_bytes + memory["peak"]
-    rows += [
-        ("memory", f"{gigabytes(total)} at the peak, made of"),
-        ("  weights", gigabytes(counts.weight_bytes)),
-        ("  cache", f"{gigabytes(counts.cache_bytes)} after the prefill"),
-        ("  activations", f"{gigabytes(memory['peak'])} (estimate; pixels {gigabytes(memory['pixels'])}, tower "
-                          f"{gigabytes(memory['tower'])} for {config.vision_chunk_size} clips at a time, merging "
-                          f"{gigabytes(memory['merge'])}, prefill {gigabytes(memory['prefill'])})"),
-        ("compute", f"{teraflops(flops['total'])} before the first answer token, made of"),
-        ("  tower", teraflops(flops["tower"])),
-        ("  merging", teraflops(flops["merge"] + flops["projector"])),
-        ("  prefill", teraflops(flops["prefill"])),
-        ("  answer", f"{teraflops(flops['decode_per_token'])} per token"),
-    ]  # fmt: skip
-    return "\n".join(f"{name:<18}{text}" for name, text in rows)
+    from longvideo.cli.export_shim import registered_classes
 
-
-def gigabytes(count: int) -> str:
-    """Write bytes as GB or MB (powers of ten)."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def teraflops(count: int) -> str:
-    """Write FLOPs as T or G."""
-    return f"{count / 1e12:,.1f} TFLOPs" if count >= 1e11 else f"{count / 1e9:,.2f} GFLOPs"
+    processor_class = dict(registered_classes(config.model_type))["AutoVideoProcessor"]
+    files = ("processor_config.json", "video_preprocessor_config.json")
+    if folder is not None and any((folder / name).is_file() for name in files):
+        return processor_class.from_pretrained(folder)
+    return processor_class()
