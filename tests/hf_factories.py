@@ -4,6 +4,7 @@ A factory takes no argument and returns a dict with
     config              a tiny configuration, at most two layers per tower (the suite's own limit)
     model_classes       the generative class first
     inputs_dict         tensors for forward: input_ids, attention_mask and pixels
+    num_positions       length of hidden states for these inputs, where it is not that of input_ids
     processor           a callable that returns a fresh processor
     needs_torchcodec    False where the video processor decodes files without torchcodec
     video_processor_dict  settings of the video processor in its tests, beside resizing, cropping and normalizing
@@ -106,5 +107,7 @@ def longvu() -> dict:
             "pixel_values": torch.rand(batch_size, 3, side, side),
             "pixel_values_dino": torch.rand(batch_size, 3, side, side),
         },
+        # 10 of text, 6 of the image, 12 of each frame.
+        "num_positions": 40,
         "overrides": {**parts["overrides"], "additional_model_inputs": list(pixels)},
     }

@@ -113,6 +113,8 @@ class SuiteModelTester:
         self.num_attention_heads = text_config.num_attention_heads
         self.text_config = config.text_config.to_dict()
         self.vision_config = config.vision_config.to_dict()
+        if "num_positions" in spec:
+            self.encoder_seq_length = spec["num_positions"]
 
     def get_config(self) -> object:
         """Returns a copy of the factory's configuration."""

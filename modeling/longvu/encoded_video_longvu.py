@@ -51,7 +51,7 @@ class LongVUEncodedVideo:
 
     def as_output(self) -> LongVUVisionOutput:
         """Returns what `forward` takes in `mm_encoder_outputs`."""
-        return LongVUVisionOutput(visuals=list(self.visuals))
+        return LongVUVisionOutput.of(self.visuals)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `features.safetensors` and `encoded_video.json` into a folder, each under a temporary name first.

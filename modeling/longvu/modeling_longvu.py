@@ -111,6 +111,13 @@ class LongVUPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
+    def initialize_weights(self) -> None:
+        # Below a class that is not its own, upstream passes over modules without own parameters; its towers have some.
+        for part in self.modules():
+            if part is not self and isinstance(part, PreTrainedModel) and not part.is_custom_code():
+                part.initialize_weights()
+        super().initialize_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, LongVUSamplerLayer):

@@ -60,10 +60,36 @@ class LongVUVisionOutput(BaseModelOutputWithPooling):
         last_hidden_state: (frames, patches, width) SigLIP's output for kept frames, only when asked for.
         hidden_states: SigLIP's hidden states, only when asked for.
         attentions: SigLIP's attention maps, only when asked for.
-        visuals: per video or image what `forward` and `generate` choose from.
+        frame_features: per video or image (T, Q, E) aggregated frames.
+        kept_frames: per video or image (T,) int64 zero-based frame indices.
+        dino_similarity: per video or image (F,) float32.
+        facts: (videos or images, 4) int64: F, width, height, and 1 where temporal reduction is settled.
     """
 
-    visuals: list[LongVUVisual] | None = None
+    frame_features: list[torch.Tensor] | None = None
+    kept_frames: list[torch.Tensor] | None = None
+    dino_similarity: list[torch.Tensor] | None = None
+    facts: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, visuals: list[LongVUVisual], **outputs: object) -> "LongVUVisionOutput":
+        """Makes an output of videos or images; `outputs` are the other fields."""
+        return cls(
+            frame_features=[x.features for x in visuals],
+            kept_frames=[x.kept_frames for x in visuals],
+            dino_similarity=[x.dino_similarity for x in visuals],
+            facts=torch.tensor([(x.num_frames, *x.size, int(x.reduced)) for x in visuals]).view(-1, 4),
+            **outputs,
+        )
+
+    @property
+    def visuals(self) -> list[LongVUVisual]:
+        """Per video or image what `forward` and `generate` choose from."""
+        parts = zip(self.frame_features, self.kept_frames, self.dino_similarity, self.facts.tolist(), strict=True)
+        return [
+            LongVUVisual(features, kept, similarity, num_frames, (width, height), bool(reduced))
+            for features, kept, similarity, (num_frames, width, height, reduced) in parts
+        ]
 
 
 class LongVUDinov2Embeddings(Dinov2Embeddings):
@@ -155,7 +181,7 @@ class VisualInputs:
         pixels = self.pixel_values if kind == "image" else self.pixel_values_videos
         if output is not None and pixels is not None:
             raise ValueError(f"Both pixels and encoded features were given for the {kind}s; pass one of them.")
-        return None if output is None else list(output.visuals)
+        return None if output is None else output.visuals
 
     def __bool__(self) -> bool:
         outputs = any(output is not None for output in (self.mm_encoder_outputs or {}).values())
@@ -187,12 +213,12 @@ def join_towers(
         layers = [getattr(tower, name) for tower in towers]
         return None if layers[0] is None else tuple(torch.cat(parts) for parts in zip(*layers, strict=True))
 
-    return LongVUVisionOutput(
+    return LongVUVisionOutput.of(
+        visuals,
         last_hidden_state=torch.cat([tower.last_hidden_state for tower in towers]),
         pooler_output=pooled,
         hidden_states=join("hidden_states"),
         attentions=join("attentions"),
-        visuals=visuals,
     )
 
 
