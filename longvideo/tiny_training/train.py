@@ -51,6 +51,9 @@ ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 +
 # Letters last for two frames, and few shapes move for long.
 DRILL_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 5 + ("order", "at_time") + ("when",) * 2
 DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
+# Where nearly all that is seen moves, what tells a direction stands out.
+MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
+MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,9 @@ STAGES = (
     Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
     Stage("3-full", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
     Stage("4-drill", 3_200, 1e-3, "constant_with_warmup", 20, DRILL, 0.1, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-    Stage("5-finish", 8_000, 7e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+    Stage("5-questions", 8_000, 7e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+    Stage("6-moving", 2_400, 7e-4, "constant_with_warmup", 20, MOVING, 0.0, 0.0, 0.0, 0.0, kinds=MOVING_KINDS),
+    Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
 )
 
 
