@@ -7,11 +7,13 @@ gathers the facts.
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
 MARKER = "<!-- rendered by `longvideo card`"
 PIPELINE_TAG = "video-text-to-text"
+NUM_TEXT = 64  # tokens of text beside which visual tokens are counted
 REPO_ID_PATTERN = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
@@ -61,6 +63,8 @@ def render_card(
     """
     import jinja2  # comes with torch; chat templates need it as well
 
+    from longvideo.evaluation.cost import estimate
+
     folder = Path(folder)
     config = load_config(folder)
     card, body = load_source(config.model_type)
@@ -86,6 +90,8 @@ def render_card(
         "report": report,
         "measured": measured,
         "weights": summarize_weights(folder),
+        "estimate": partial(estimate, config),
+        "num_text": NUM_TEXT,
         "metadata": render_metadata(card, name, config.model_type, base_model, license, measured["results"]),
     }
     environment = jinja2.Environment(
@@ -97,6 +103,7 @@ def render_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["thousands"] = "{:,}".format
     text = environment.get_template("body").render(facts)
     return re.sub(r"\n{3,}", "\n\n", text)
 

@@ -191,19 +191,24 @@ def run_registration() -> str:
     """Looks the architectures up where `from_pretrained` does."""
     from transformers import CONFIG_MAPPING
 
-    CONFIG_MAPPING["videochat_flash"]
-    return "transformers knows videochat_flash"
+    from longvideo._registration import ARCHITECTURES
+
+    return f"transformers knows {', '.join(CONFIG_MAPPING[name].model_type for name in ARCHITECTURES)}"
 
 
 def run_tiny_checkpoint() -> str:
-    """Finds the checkpoint that lies in the package."""
+    """Finds the checkpoints that lie in the package; the first one is what `longvideo ask` uses by itself."""
     import longvideo
+    from longvideo.cli.ask import TINY
 
-    folder = Path(longvideo.tiny_checkpoint("videochat_flash"))
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if not list(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"no weights in {folder}")
-    return f"videochat_flash, {size / 1e6:.1f} MB"
+    first = Path(longvideo.tiny_checkpoint(TINY))
+    found = []
+    for folder in (first, *sorted(folder for folder in first.parent.iterdir() if folder != first)):
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError(f"no weights in {folder}")
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        found.append(f"{folder.name}, {size / 1e6:.1f} MB")
+    return "; ".join(found)
 
 
 def find_torchcodec() -> Check:

@@ -1,4 +1,7 @@
-"""Uploading, downloading and loading by name, against a Hub on localhost; every client is a process of its own."""
+"""Uploading, downloading and loading by name, against a Hub on localhost; every client is a process of its own.
+
+All of it for VideoChat-Flash, and the round trip for LongVU.
+"""
 
 import json
 import os
@@ -11,6 +14,8 @@ import pytest
 
 from tests.hub_server import HubServer
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_longvu import tiny_longvu_model
+from tests.tiny_longvu_processor import tiny_longvu_processor
 from tests.videos import make_video
 
 REPO_ID = "tester/tiny-videochat-flash"
@@ -126,3 +131,19 @@ def test_error_for_missing_repository_and_file(online: dict) -> None:
     )
     assert results["revision"].startswith("OSError") and "absent is not a valid git identifier" in results["revision"]
     assert "EntryNotFoundError" in results["file"] and "absent.json" in results["file"]
+
+
+def test_round_trip_of_longvu(hub: HubServer, video: Path, tmp_path: Path) -> None:
+    from longvideo.hub_cards.render import render_card
+
+    folder, repo_id = tmp_path / "tiny", "tester/tiny-longvu"
+    tiny_longvu_model(context_length=400).save_pretrained(folder)
+    tiny_longvu_processor().save_pretrained(folder)
+    (folder / "README.md").write_text(render_card(folder, license="apache-2.0", repo_id=repo_id))
+    results = run_client(hub, tmp_path / "cache", ["push", folder, repo_id], ["download", repo_id, video])
+    files, download = hub.repositories[f"models/{repo_id}"].files, results["download"]
+    expected = {"config.json", WEIGHTS, "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
+    assert expected <= set(files) and not [name for name in files if name.endswith(".py")]
+    assert download["weights"] == results["push"]["weights"]
+    assert (download["model"], download["processor"]) == ("LongVUForConditionalGeneration", "LongVUProcessor")
+    assert download["by_task"]["answer"] == download["by_tag"]["answer"]
