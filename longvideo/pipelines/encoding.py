@@ -35,7 +35,7 @@ class TimedWindows:
     """Iterator over the windows of a video that measures the time of decoding.
 
     Args:
-        windows: iterator over dicts of pixels, with `num_frames` and `video_size`.
+        windows: iterator over dicts of pixels, with `num_frames`, `video_size`, `again` and `close`.
         to_uint8: turns (n, 3, H, W) pixels into (n, H, W, 3) uint8; None keeps no small frames.
 
     Attributes:
@@ -57,6 +57,13 @@ class TimedWindows:
             if self.to_uint8 is not None:
                 self._thumbs.append(shrink(self.to_uint8(window["pixel_values_videos"])))
             yield window
+
+    def again(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Read the windows another time; the time is measured, small frames are not made again."""
+        with self.windows.again() as windows:
+            second = TimedWindows(windows)
+            second.waits = self.waits
+            yield from second
 
     def thumbs(self) -> torch.Tensor | None:
         """Return the small frames of all windows, (F, h, w, 3) uint8."""

@@ -183,7 +183,8 @@ class LongVUGenerationMixin(GenerationMixin):
             video_num_frames: see `get_video_features`.
             video_sizes: see `get_video_features`.
             windows: in place of pixels, consecutive pieces of one video, of any lengths: dicts with
-                `pixel_values_videos` and `pixel_values_videos_dino`. Only features of frames that survive stay.
+                `pixel_values_videos` and `pixel_values_videos_dino`. Only features of frames that survive stay; of
+                windows with a method `again`, which starts them anew, never more than `max_kept_frames` of them.
             num_frames: frames of all windows together, needed with them.
             video_size: with windows, what the model reads as (width, height); None for square frames.
             source_key: name of the source and its settings, see `video_source_key`; stored with the features.

@@ -320,15 +320,41 @@ class LongVUVisionMixin:
         limit: int | None,
         digest: "FrameDigest",
     ) -> LongVUVisual:
-        """Encodes one video that comes in pieces; only aggregated frames outlive their window."""
+        """Encodes one video that comes in pieces; only aggregated frames outlive their window.
+
+        Which survivors stay is known at the end. Where they are more than may stay, windows that can be read `again`
+        are, for SigLIP to see no others; of windows that cannot, the features of all survivors are held.
+        """
         reducer = self._make_reducer(num_frames, limit)
-        frames = []
+        again = getattr(windows, "again", None)
+        room = self.config.max_kept_frames if again is not None and reducer.reduces else num_frames
+        frames, num_survivors = [], 0
         for settled in reduce_stream(reducer, self._encode_pieces(windows, digest)):
-            if len(settled.indices):
+            num_survivors += len(settled.indices)
+            if num_survivors > room:
+                frames = []
+            elif len(settled.indices):
                 siglip, _ = self._siglip_grid(settled.others[0])
                 frames.append(self._aggregate(siglip, settled.features, [size]).cpu())
-        features = torch.cat(frames)[reducer.final_positions()]
+        if num_survivors > room:
+            features = torch.cat(list(self._encode_chosen(again(), reducer.kept(), size)))
+        else:
+            features = torch.cat(frames)[reducer.final_positions()]
         return LongVUVisual(features, reducer.kept(), reducer.similarity, num_frames, size, reducer.reduces)
+
+    def _encode_chosen(
+        self, windows: Iterable[dict[str, torch.Tensor]], kept_T: torch.Tensor, size: tuple[int, int]
+    ) -> Iterator[torch.Tensor]:
+        """Encodes the frames (T,) of a video that comes in pieces; yields aggregated frames on the CPU."""
+        start = 0
+        for window in windows:
+            pixels, pixels_dino = window["pixel_values_videos"], window["pixel_values_videos_dino"]
+            here = kept_T[(kept_T >= start) & (kept_T < start + len(pixels))] - start
+            start += len(pixels)
+            for indices in here.split(self.config.vision_chunk_size) if len(here) else ():
+                siglip, _ = self._siglip_grid(pixels[indices.to(pixels.device)])
+                dino = self._dino_grid(pixels_dino[indices.to(pixels_dino.device)])
+                yield self._aggregate(siglip, dino, [size]).cpu()
 
     def _encode_pieces(
         self, windows: Iterable[dict[str, torch.Tensor]], digest: "FrameDigest"

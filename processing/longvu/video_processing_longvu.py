@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,7 @@ class LongVUVideoProcessor(BaseVideoProcessor):
         """
         if window_size < 1:
             raise ValueError(f"window_size={window_size}, expected at least 1 frame.")
+        reopen = partial(self.iterate_windows, video, window_size, start=start, end=end, **kwargs)
         sources = list_sources(
             video, metadata=kwargs.pop("video_metadata", None), options=kwargs.pop("video_options", None)
         )
@@ -215,6 +217,7 @@ class LongVUVideoProcessor(BaseVideoProcessor):
                 metadata=metadata,
                 video_size=size_pair(source, metadata, self.option("video_size_order", kwargs)),
                 resources=resources.pop_all(),
+                reopen=reopen,
             )
 
     def window_outputs(self, windows: list[VideoWindows], call: Mapping[str, Any]) -> BatchFeature:

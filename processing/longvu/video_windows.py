@@ -13,7 +13,8 @@ from longvideo.processing.shared.video_io import SourceVideoMetadata
 class VideoWindows:
     """Iterator over the pixels of one video, window by window; what was given is not held.
 
-    May be used once, and as a context manager that closes the file when the caller stops early.
+    May be used once, `again` gives another one from the first frame on; and as a context manager that closes the file
+    when the caller stops early.
 
     Args:
         frames: (C, H, W) frames in order.
@@ -22,6 +23,7 @@ class VideoWindows:
         metadata: Where the frames come from, with `frames_indices`, `fps` and `timestamps` (seconds).
         video_size: The pair of `video_sizes`.
         resources: What is closed at the end.
+        reopen: Reads the same frames of the same video another time.
 
     Attributes:
         num_frames: Number of frames of all windows.
@@ -38,10 +40,12 @@ class VideoWindows:
         metadata: SourceVideoMetadata,
         video_size: torch.Tensor,
         resources: ExitStack,
+        reopen: Callable[[], "VideoWindows"],
     ) -> None:
         self.num_frames = len(metadata.frames_indices)
         self.video_size, self.metadata = video_size, metadata
         self._frames, self._to_pixels, self._window_size, self._resources = frames, to_pixels, window_size, resources
+        self._reopen = reopen
 
     def __iter__(self) -> "VideoWindows":
         return self
@@ -63,6 +67,10 @@ class VideoWindows:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def again(self) -> "VideoWindows":
+        """Open the video another time, from the first frame on."""
+        return self._reopen()
 
     def close(self) -> None:
         """Close the file; nothing more is given afterwards."""
