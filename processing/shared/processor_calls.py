@@ -24,6 +24,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
 # What a user typed may be marked as plain text by newer versions of Transformers; it then stands for no item.
 UNMARKED = getattr(processing_utils, "_UNMARKED", "")
+MARK = getattr(processing_utils, "_CONTROL_TOKEN_START", None)
 
 
 def apply_template(
@@ -180,6 +181,8 @@ def count_token(text: str, token: str) -> int:
     Returns:
         How often it occurs, places marked as plain text left out.
     """
+    if MARK is None or MARK not in text:
+        return text.count(token)
     return len(re.findall(UNMARKED + re.escape(token), text))
 
 

@@ -253,19 +253,23 @@ class VideoChatFlashProcessor(ProcessorMixin):
         return MultiModalData(**data)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
-        rows = text_inputs["input_ids"]
-        rows = rows.tolist() if hasattr(rows, "tolist") else [list(row) for row in rows]
+        rows, masks = (
+            value.tolist() if hasattr(value, "tolist") else value
+            for value in (text_inputs["input_ids"], text_inputs.get("attention_mask"))
+        )
         tokens = {
             "image": (self.image_token, self.image_token_id),
             "video": (self.video_token, self.video_token_id),
         }
         visual = count_kept(text, rows, tokens=tokens)
         limit = getattr(self.tokenizer, "model_max_length", None)
-        masks = text_inputs.get("attention_mask")
-        for index, row in enumerate(rows):
-            used = int(sum(masks[index])) if masks is not None else len(row)
-            if visual[index] and limit is not None and limit < UNLIMITED:
-                check_token_budget(num_tokens=used, num_visual_tokens=visual[index], max_tokens=limit)
+        if limit is None or limit >= UNLIMITED:
+            return
+        # Sums of plain lists: walking over a tensor of thousands of tokens takes longer than tokenizing.
+        lengths = map(len, rows) if masks is None else map(sum, masks)
+        for num_tokens, num_visual_tokens in zip(lengths, visual, strict=True):
+            if num_visual_tokens:
+                check_token_budget(num_tokens=num_tokens, num_visual_tokens=num_visual_tokens, max_tokens=limit)
 
 
 _register()
