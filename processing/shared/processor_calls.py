@@ -181,7 +181,7 @@ def count_token(text: str, token: str) -> int:
     Returns:
         How often it occurs, places marked as plain text left out.
     """
-    if MARK is None or MARK not in text:
+    if not UNMARKED or (MARK is not None and MARK not in text):
         return text.count(token)
     return len(re.findall(UNMARKED + re.escape(token), text))
 
