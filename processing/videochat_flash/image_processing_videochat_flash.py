@@ -193,19 +193,23 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
         grid_NCHW = cut_tiles(enlarged_CHW, height, width)
         return torch.cat([whole_NCHW, grid_NCHW]), (full_height // height, full_width // width)
 
-    def get_number_of_tiles(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
-        """Say how many tiles an image of a given size becomes, as a sample with one image.
+    def get_number_of_tiles(
+        self, height: int, width: int, images_kwargs: dict | None = None, *, num_images: int = 1
+    ) -> int:
+        """Say how many tiles an image of a given size becomes.
 
         Args:
             height: Height of the image in pixels.
             width: Width of the image in pixels.
             images_kwargs: Options given at call time.
+            num_images: Number of images of its sample; several are tiled by another rule than one alone.
 
         Returns:
             Number of tiles, the whole-picture tile included.
         """
         options = images_kwargs or {}
-        if (options.get("image_aspect_ratio") or self.image_aspect_ratio) != "anyres_nopad":
+        rule = "image_aspect_ratio" if num_images == 1 else "multi_image_aspect_ratio"
+        if (options.get(rule) or getattr(self, rule)) != "anyres_nopad":
             return 1
         tile_height, tile_width = tile_size(options.get("size") or self.size)
         pinpoints = options.get("image_grid_pinpoints") or self.image_grid_pinpoints

@@ -1,6 +1,7 @@
 """The processor of VideoChat-Flash: messages with videos and images to model inputs."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -242,9 +243,15 @@ class VideoChatFlashProcessor(ProcessorMixin):
         self, image_sizes: Sequence | None = None, video_sizes: Sequence | None = None, **kwargs: Any
     ) -> MultiModalData:
         # Sizes are (height, width) and (frames, height, width); frames fill up whole clips as in the video processor.
+        # Images of one prompt stand in a list of their own or are told by images_per_sample, as in a call; a flat list
+        # means one image per prompt, as elsewhere in Transformers.
         data: dict[str, list[int]] = {}
         if image_sizes is not None:
-            tiles = [self.image_processor.get_number_of_tiles(*size, images_kwargs=kwargs) for size in image_sizes]
+            sizes, counts = sizes_of_samples(image_sizes, kwargs.get("images_per_sample"))
+            tiles = [
+                self.image_processor.get_number_of_tiles(*size, images_kwargs=kwargs, num_images=count)
+                for size, count in zip(sizes, counts, strict=True)
+            ]
             data.update(num_image_tokens=[count * self.tokens_per_tile for count in tiles], num_image_patches=tiles)
         if video_sizes is not None:
             data["num_video_tokens"] = [
@@ -270,6 +277,32 @@ class VideoChatFlashProcessor(ProcessorMixin):
         for num_tokens, num_visual_tokens in zip(lengths, visual, strict=True):
             if num_visual_tokens:
                 check_token_budget(num_tokens=num_tokens, num_visual_tokens=num_visual_tokens, max_tokens=limit)
+
+
+def sizes_of_samples(
+    image_sizes: Sequence, images_per_sample: Sequence[int] | None
+) -> tuple[list[Sequence[int]], list[int]]:
+    """List the sizes of images with the number of images in the prompt of each.
+
+    Args:
+        image_sizes: (height, width) pairs in pixels, flat or one list of pairs per prompt.
+        images_per_sample: Number of images of each prompt; None for one in each when the sizes are flat.
+
+    Returns:
+        The sizes one by one, and for each image how many its prompt has.
+
+    Raises:
+        ValueError: The numbers do not add up to the images.
+    """
+    sizes = list(image_sizes)
+    if any(len(entry) == 0 or not isinstance(entry[0], Integral) for entry in sizes):
+        samples = [list(entry) for entry in sizes]
+        sizes = [size for sample in samples for size in sample]
+        images_per_sample = [len(sample) for sample in samples]
+    counts = [1] * len(sizes) if images_per_sample is None else list(images_per_sample)
+    if sum(counts) != len(sizes):
+        raise ValueError(f"images_per_sample={counts} adds up to {sum(counts)}, but {len(sizes)} image sizes came.")
+    return sizes, [count for count in counts for _ in range(count)]
 
 
 _register()

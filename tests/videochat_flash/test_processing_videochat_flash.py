@@ -488,6 +488,25 @@ def test_counting_helpers_agree_with_the_call(processor):
     counted = processor._get_num_multimodal_tokens(image_sizes=sizes, video_sizes=[(7, 20, 30)])
     assert (inputs["input_ids"] == IMAGE_ID).sum(1).tolist() == counted["num_image_tokens"]
     assert counted["num_video_tokens"] == [8 * 4]
+    from_array = processor._get_num_multimodal_tokens(image_sizes=np.array(sizes))
+    assert from_array["num_image_tokens"] == counted["num_image_tokens"]
+
+
+@pytest.mark.parametrize("rule", [None, "anyres_nopad"])
+def test_counting_several_images_of_a_prompt(processor, rule):
+    sizes = [(30, 70), (64, 64), (90, 20)]
+    images = [np.zeros((*size, 3), dtype=np.uint8) for size in sizes]
+    options = {} if rule is None else {"multi_image_aspect_ratio": rule}
+    inputs = processor(
+        images=[images[:2], images[2:]], text=["<|image_pad|><|image_pad|>", "<|image_pad|>"], padding=True, **options
+    )
+    found = [row.count(IMAGE_ID) for row in inputs["input_ids"]]
+    for given in ({"image_sizes": [sizes[:2], sizes[2:]]}, {"image_sizes": sizes, "images_per_sample": [2, 1]}):
+        counted = processor._get_num_multimodal_tokens(**given, **options)
+        assert [sum(counted["num_image_tokens"][:2]), counted["num_image_tokens"][2]] == found
+        assert counted["num_image_patches"] == [1 + int(rows * cols) for rows, cols in inputs["image_grids"]]
+    with pytest.raises(ValueError, match=r"images_per_sample=\[2\] adds up to 2, but 3 image sizes came"):
+        processor._get_num_multimodal_tokens(image_sizes=sizes, images_per_sample=[2])
 
 
 # --- errors ------------------------------------------------------------------------------------------------------
