@@ -7,14 +7,18 @@ import numpy as np
 
 from longvideo.evaluation.corpus import all_questions, make_scene
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
+from longvideo.tiny_training.models import TINY_MODELS
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
 from longvideo.tiny_training.train import (
     ALL_KINDS,
     HARMLESS_KINDS,
     MAX_TURNS,
+    NOTHING,
+    PICTURES,
     STAGES,
     CorpusConversations,
     choose_questions,
+    stages_of,
 )
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))
@@ -77,3 +81,17 @@ def test_rows_of_a_batch_have_one_form_and_repeat() -> None:
         assert len(requests) == 1
         forms |= requests
     assert len(forms) == 5
+
+
+def test_pictures_come_first_where_the_recipe_has_them_and_are_described() -> None:
+    assert stages_of(TINY_MODELS["longvu"]) == (PICTURES, *STAGES)
+    assert stages_of(TINY_MODELS["videochat_flash"]) == STAGES
+    data = CorpusConversations(PICTURES, size=24, num_frames=16, first_seed=0)
+    answers = []
+    for index in range(60):
+        question, answer = data[index]["messages"]
+        assert [block["type"] for block in question["content"]] == ["image", "text"]
+        assert question["content"][0]["image"].shape == (24, 24, 3)
+        answers.append(answer["content"][0]["text"])
+    assert answers.count(NOTHING) < 20 and len(set(answers)) > 25
+    assert data[7]["messages"][1]["content"][0]["text"] == answers[7]

@@ -1,12 +1,11 @@
 """Procedural videos with questions: coloured shapes in timed events, deterministic by seed."""
 
+from longvideo.evaluation.corpus.captions import describe, describe_frame, list_events
 from longvideo.evaluation.corpus.questions import (
     KINDS,
     Question,
     all_questions,
     corpus_vocabulary,
-    describe,
-    list_events,
     make_questions,
 )
 from longvideo.evaluation.corpus.render import render_frames, write_video
@@ -30,6 +29,7 @@ __all__ = [
     "balanced_items",
     "corpus_vocabulary",
     "describe",
+    "describe_frame",
     "list_events",
     "make_questions",
     "make_row",

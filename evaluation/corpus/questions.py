@@ -87,11 +87,11 @@ def format_seconds(seconds: int) -> str:
     return "1 second" if seconds == 1 else f"{seconds} seconds"
 
 
-def _nearest(seconds: float) -> int:
+def nearest_second(seconds: float) -> int:
     return math.floor(seconds + 0.5)
 
 
-class _View:
+class View:
     """What sixteen frames show of a scene: those at exact midpoints, and those that are read from the written file."""
 
     def __init__(self, scene: Scene) -> None:
@@ -170,7 +170,7 @@ def _name(rng: random.Random, actor: Actor, *, by_shape: bool = False) -> str:
     return f"{actor.colour} {actor.shape}" if rng.random() < 0.5 else f"{actor.colour} shape"
 
 
-def _colour_questions(rng: random.Random, view: _View) -> list[Question]:
+def _colour_questions(rng: random.Random, view: View) -> list[Question]:
     found = []
     for actor in view.scene.actors:
         if actor.change is None or actor.new_colour is None:
@@ -187,7 +187,7 @@ def _colour_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _shape_questions(rng: random.Random, view: _View) -> list[Question]:
+def _shape_questions(rng: random.Random, view: View) -> list[Question]:
     found = []
     for actor in view.scene.actors:
         if actor.change is None and view.count(actor) >= 2:
@@ -196,7 +196,7 @@ def _shape_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _count_questions(rng: random.Random, view: _View) -> list[Question]:
+def _count_questions(rng: random.Random, view: View) -> list[Question]:
     number = len(view.scene.actors)
     if not 1 <= number <= NUM_OPTIONS or any(view.count(actor) < 2 for actor in view.scene.actors):
         return []
@@ -204,7 +204,7 @@ def _count_questions(rng: random.Random, view: _View) -> list[Question]:
     return [_build(rng, "count", "count", str(number), wrong)]
 
 
-def _direction_questions(rng: random.Random, view: _View) -> list[Question]:
+def _direction_questions(rng: random.Random, view: View) -> list[Question]:
     found = []
     for actor in view.scene.actors:
         motion = actor.motion
@@ -214,7 +214,7 @@ def _direction_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _order_questions(rng: random.Random, view: _View) -> list[Question]:
+def _order_questions(rng: random.Random, view: View) -> list[Question]:
     actors = sorted(view.scene.actors, key=lambda actor: actor.enter)
     if len(actors) < 2 or any(view.count(actor) < 2 for actor in actors):
         return []
@@ -230,11 +230,11 @@ def _order_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _at_time_questions(rng: random.Random, view: _View) -> list[Question]:
+def _at_time_questions(rng: random.Random, view: View) -> list[Question]:
     return [*_state_questions(rng, view), *_event_questions(rng, view)]
 
 
-def _state_questions(rng: random.Random, view: _View) -> list[Question]:
+def _state_questions(rng: random.Random, view: View) -> list[Question]:
     """Which shape, or which colour of a shape, is seen at a time at which nothing happens nearby."""
     scene, found = view.scene, []
     moments = [time for time, _, _ in view.events()]
@@ -259,13 +259,13 @@ def _state_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _event_questions(rng: random.Random, view: _View) -> list[Question]:
+def _event_questions(rng: random.Random, view: View) -> list[Question]:
     """What happens at a time; the options name the same event of other shapes."""
     found, events = [], view.events()
     for time, sort, actor in events:
         if actor is None or sort == "turns" or len(view.scene.actors) < 2:
             continue
-        second = _nearest(time)
+        second = nearest_second(time)
         rivals = [other for other in events if other[1:] != (sort, actor)]
         if abs(second - time) > view.unit or not 0 < second < view.scene.duration:
             continue
@@ -299,11 +299,11 @@ def time_options(duration: int, time: float) -> tuple[list[int], int, int] | Non
     rank = math.floor(place)
     if not 0 <= rank < NUM_OPTIONS:
         return None
-    times = [_nearest(time) + (other - rank) * gap for other in range(NUM_OPTIONS)]
+    times = [nearest_second(time) + (other - rank) * gap for other in range(NUM_OPTIONS)]
     return times, rank, int((place - rank) * 4)
 
 
-def _when_questions(rng: random.Random, view: _View) -> list[Question]:
+def _when_questions(rng: random.Random, view: View) -> list[Question]:
     found = []
     for time, sort, actor in view.events():
         options = time_options(view.scene.duration, time)
@@ -322,7 +322,7 @@ def _when_questions(rng: random.Random, view: _View) -> list[Question]:
     return found
 
 
-def _needle_questions(rng: random.Random, view: _View) -> list[Question]:
+def _needle_questions(rng: random.Random, view: View) -> list[Question]:
     if view.scene.needle is None or view.needle_count() < 1:
         return []
     letter = view.scene.needle.letter
@@ -351,7 +351,7 @@ def all_questions(scene: Scene, kinds: Iterable[str] | None = None) -> list[Ques
     for kind in wanted:
         if kind not in _MAKERS:
             raise ValueError(f"unknown question kind {kind!r}: use {', '.join(KINDS)}")
-    view = _View(scene)
+    view = View(scene)
     found: list[Question] = []
     for kind in KINDS:
         if kind in wanted:
@@ -386,91 +386,6 @@ def make_questions(scene: Scene, kinds: Iterable[str] | None = None) -> list[Que
         if same_kind:
             chosen.append(rng.choice(same_kind))
     return chosen
-
-
-def _place(x: float, y: float) -> str:
-    column = "left" if x < 0.4 else "right" if x > 0.6 else ""
-    row = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
-    return f"{row} {column}".strip() or "middle"
-
-
-def _full_name(actor: Actor, time: float, shape_first: bool) -> list[str]:
-    words = [actor.colour_at(time), actor.shape]
-    return words[::-1] if shape_first else words
-
-
-def _describe_actor(
-    scene: Scene, actor: Actor, seen: list[float], *, start: float, end: float, shape_first: bool
-) -> str:
-    words = [*_full_name(actor, seen[0], shape_first), _place(*actor.position(seen[0]))]
-    if start <= actor.enter < end and actor.enter > 0:
-        words.append("appears")
-    if actor.motion is not None:
-        shared = min(actor.motion.end, end) - max(actor.motion.start, start)
-        if shared >= scene.duration / UNITS:
-            words.append(f"moves {actor.motion.direction}")
-    if actor.change is not None and seen[0] < actor.change < end:
-        words.append(f"turns {actor.new_colour}")
-    if start < actor.leave <= end and actor.leave < scene.duration:
-        words.append("leaves")
-    return " ".join(words)
-
-
-def describe(scene: Scene, *, num_parts: int = 4, shape_first: bool = False) -> str:
-    """A dense caption of what is seen over time, in the vocabulary of the questions.
-
-    Args:
-        scene: what the video shows.
-        num_parts: number of equal parts; each gets its starting time and one clause for each shape seen in it.
-        shape_first: whether a clause names the shape before its colour.
-
-    Returns:
-        For example "0 seconds : red circle left ; 4 seconds : red circle left moves right , letter X ; ...".
-    """
-    times = sample_times(scene.duration, max(UNITS, num_parts))
-    parts = []
-    for part in range(num_parts):
-        start, end = part * scene.duration / num_parts, (part + 1) * scene.duration / num_parts
-        inside = [time for time in times if start <= time < end]
-        clear = [time for time in inside if scene.needle is None or not scene.needle.visible(time)]
-        clauses = []
-        for actor in sorted(scene.actors, key=lambda actor: actor.enter):
-            seen = [time for time in clear if actor.visible(time)]
-            if seen:
-                clauses.append(_describe_actor(scene, actor, seen, start=start, end=end, shape_first=shape_first))
-        if scene.needle is not None and len(clear) < len(inside):
-            clauses.append(f"letter {scene.needle.letter}")
-        parts.append(f"{format_seconds(_nearest(start))} : {' , '.join(clauses) or 'nothing'}")
-    return " ; ".join(parts) + " ."
-
-
-def list_events(scene: Scene, *, shape_first: bool = False) -> str:
-    """Everything that happens, in order of time, in the vocabulary of the questions.
-
-    Args:
-        scene: what the video shows.
-        shape_first: whether the shape is named before its colour.
-
-    Returns:
-        For example "4 seconds : red circle appears ; 9 seconds : red circle moves left ; 12 seconds : letter X .";
-        what no sampled frame shows is left out.
-    """
-    view = _View(scene)
-    found = []
-    for time, sort, actor in view.events():
-        if actor is None:
-            if view.needle_count() >= 1:
-                found.append((time, f"letter {scene.needle.letter}"))
-        elif view.count(actor) >= 2:
-            what = f"turns {actor.new_colour}" if sort == "turns" else sort
-            found.append((time, " ".join([*_full_name(actor, time - view.unit, shape_first), what])))
-    for actor in scene.actors:
-        motion = actor.motion
-        if motion is not None and view.count(actor, motion.start, motion.end) >= 3:
-            name = _full_name(actor, motion.start, shape_first)
-            found.append((motion.start, " ".join([*name, "moves", motion.direction])))
-    clauses = [f"{format_seconds(_nearest(time))} : {what}" for time, what in sorted(found)]
-    return (" ; ".join(clauses) or "nothing") + " ."
 
 
 def split_words(text: str) -> list[str]:

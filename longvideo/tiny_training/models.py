@@ -47,18 +47,20 @@ class TinyModel:
         lessons: how its towers are taught before anything else.
         frame_size: side of the frames in pixels.
         num_frames: frames per video.
+        pictures_first: whether single pictures are described before any video, as its published recipe does.
     """
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
     lessons: tuple[TowerLessons, ...]
     frame_size: int
     num_frames: int
+    pictures_first: bool = False
 
 
 def corpus_texts() -> Iterator[str]:
     """Yields texts with every word that the corpus uses, as they stand in conversations."""
     yield "system\nYou are a helpful assistant."
-    yield "user\nassistant\nDescribe the video ."
+    yield "user\nassistant\nDescribe the video .\nDescribe the picture ."
     for seconds in range(61):
         yield f"\nThe video lasts for {seconds}.00 seconds, and {NUM_FRAMES} frames are uniformly sampled from it. "
         yield f"assistant\n{seconds} seconds"
@@ -273,5 +275,6 @@ TINY_MODELS = {
         ),
         FRAME_SIZE,
         NUM_FRAMES,
+        pictures_first=True,
     ),
 }

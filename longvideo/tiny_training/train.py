@@ -26,8 +26,10 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_s
 from longvideo.evaluation.corpus import (
     Difficulty,
     Question,
+    Scene,
     all_questions,
     describe,
+    describe_frame,
     list_events,
     make_scene,
     render_frames,
@@ -39,7 +41,9 @@ from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 CAPTION_REQUEST = "Describe the video ."
+PICTURE_REQUEST = "Describe the picture ."
 EVENTS_REQUEST = "List the events ."
+NOTHING = "nothing ."
 SHAPE_FIRST = " Name shapes before colours ."
 BATCH_SIZE = 8
 MAX_TURNS = 5
@@ -74,6 +78,7 @@ class Stage:
         letters: chance that a question is asked with four options and answered by a letter.
         kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
         trainable_parts: what learns; see `VideoSFTConfig`.
+        pictures: whether rows are single frames with a description instead of videos.
     """
 
     name: str
@@ -88,6 +93,7 @@ class Stage:
     letters: float
     kinds: tuple[str, ...] = ALL_KINDS
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
+    pictures: bool = False
 
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
@@ -101,6 +107,13 @@ STAGES = (
     Stage("6-moving", 2_400, 7e-4, "constant_with_warmup", 20, MOVING, 0.0, 0.0, 0.0, 0.0, kinds=MOVING_KINDS),
     Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
 )
+
+PICTURES = Stage("0-pictures", 6_400, 1e-3, "constant_with_warmup", 50, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
+
+
+def stages_of(spec: TinyModel) -> tuple[Stage, ...]:
+    """Lists the stages of a model: pictures come first for those whose published recipe has an image stage."""
+    return (PICTURES, *STAGES) if spec.pictures_first else STAGES
 
 
 class CorpusConversations(Dataset):
@@ -122,6 +135,8 @@ class CorpusConversations(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.first_seed + index
         scene = make_scene(seed, "train", difficulty=self.stage.difficulty)
+        if self.stage.pictures:
+            return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
         frames = render_frames(scene, sample_times(scene.duration, self.num_frames), self.size)
         rng = random.Random(f"conversation {seed}")
         # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
@@ -195,6 +210,35 @@ def conversation(frames: Any, duration: float, turns: list[tuple[str, str]]) -> 
     return messages
 
 
+def picture_conversation(scene: Scene, size: int, shape_first: float) -> list[dict[str, Any]]:
+    """Takes a frame at a random time and has it described.
+
+    Args:
+        scene: what the video shows.
+        size: side of the frame in pixels.
+        shape_first: chance that shapes are named before their colours.
+
+    Returns:
+        Messages of one turn with an image.
+    """
+    rng = random.Random(f"picture {scene.seed}")
+    named_first = rng.random() < shape_first
+    # Half of all frames are empty; most pictures should show something.
+    for _ in range(3):
+        time = rng.random() * scene.duration
+        if describe_frame(scene, time) != NOTHING:
+            break
+    blocks = [
+        {"type": "image", "image": render_frames(scene, [time], size)[0]},
+        {"type": "text", "text": PICTURE_REQUEST + (SHAPE_FIRST if named_first else "")},
+    ]
+    answer = describe_frame(scene, time, shape_first=named_first)
+    return [
+        {"role": "user", "content": blocks},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
 class StopAtTime(TrainerCallback):
     """Saves and stops when the time of this run is used up.
 
@@ -254,7 +298,8 @@ def run_stage(
         Whether the stage is complete.
     """
     folder = out / stage.name
-    first_seed = seed * 10_000_000 + sum(other.num_videos for other in STAGES[: STAGES.index(stage)])
+    stages = stages_of(spec)
+    first_seed = seed * 10_000_000 + sum(other.num_videos for other in stages[: stages.index(stage)])
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -342,7 +387,7 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
     spec = TINY_MODELS[name]
     model, processor = spec.build()
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
-    for stage in STAGES:
+    for stage in stages_of(spec):
         done = out / stage.name / "done"
         if done.exists():
             checkpoint = find_last_checkpoint(str(done.parent))

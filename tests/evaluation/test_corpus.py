@@ -18,6 +18,7 @@ from longvideo.evaluation.corpus import (
     balanced_items,
     corpus_vocabulary,
     describe,
+    describe_frame,
     list_events,
     make_questions,
     make_scene,
@@ -383,3 +384,14 @@ def test_written_corpus(tmp_path, capsys) -> None:
 
 
 PINNED_FINGERPRINT = "5ba6e9cad3a360f1a689013c3e75eac9b992ed06f99ac8f750df684a4c907383"
+
+
+def test_a_single_frame_is_described_as_it_is_at_its_time() -> None:
+    ring = still("ring", "blue", x=0.2, enter=4.0, new_colour="green", change=8.0)
+    mover = still("cross", "red", motion=Motion("right", 6.0, 10.0, 0.3))
+    scene = scene_of(ring, mover, needle=Needle("Q", 12.0, 13.0))
+    assert describe_frame(scene, 1.0) == "red cross middle ."
+    assert describe_frame(scene, 5.0) == "red cross middle , blue ring left ."
+    assert describe_frame(scene, 11.0, shape_first=True) == "cross red right , ring green left ."
+    assert describe_frame(scene, 12.5) == "letter Q ."
+    assert describe_frame(scene_of(still("ring", "red", enter=4.0)), 2.0) == "nothing ."
