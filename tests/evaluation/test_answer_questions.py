@@ -152,7 +152,9 @@ def test_questions_of_a_video_do_not_mix(model, processor, item, video) -> None:
             assert together[place].truth == question.answer_index
 
 
-def test_evaluation_is_deterministic_and_complete(model, processor) -> None:
+def test_evaluation_is_deterministic_and_complete(longvu) -> None:
+    # A model without merging: which of the equal patches of a flat frame merge is decided by the last bit.
+    model, processor = longvu
     first = evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
     second = evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
     for one, other in zip(first, second, strict=True):
@@ -162,8 +164,8 @@ def test_evaluation_is_deterministic_and_complete(model, processor) -> None:
             other.options,
             other.truth,
         )
-        # Flat frames hold equal patches; which of them merge is decided by the last bit, which varies with memory.
-        assert one.scores == pytest.approx(other.scores, abs=1.0)
+        # Rounded to four digits; float32 sums may differ with the place of a tensor in memory.
+        assert one.scores == pytest.approx(other.scores, abs=1e-3)
     assert sorted(answered.kind for answered in first) == ["colour"] * 3 + ["needle"] * 3
     with pytest.raises(ValueError, match="unknown form 'free'"):
         evaluate(model, processor, 6, form="free")
