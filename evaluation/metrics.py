@@ -1,6 +1,6 @@
 """Metrics of parsed answers: pure functions of plain numbers and strings.
 
-A span is (start, end), a box (x1, y1, x2, y2), a tube a mapping from time to box; prediction and truth of one sample are
+A span is (start, end), a box (x1, y1, x2, y2), a tube a mapping from time to box; prediction and truth of a sample are
 in the same units. All scores are numbers in 0 to 1. Where a function has a `mode`, "strict" counts every failure as
 zero and divides by the true union, and "original" is the arithmetic of the scripts released with LLaVA-ST
 (inference/src/{utils,metrics}.py of the repository appletea233/LLaVA-ST), so that its tables can be compared.

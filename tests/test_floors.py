@@ -55,7 +55,7 @@ ALLOWED_AT_TOP = {
 }
 ABSENT_ON_SOME_MACHINES = {
     "accelerate", "cv2", "datasets", "decord", "flash_attn", "jinja2", "liger_kernel", "matplotlib", "peft", "psutil",
-    "torchcodec", "trl", "yaml",
+    "pycocoevalcap", "torchcodec", "trl", "yaml",
 }  # fmt: skip
 
 
