@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from transformers.utils.generic import maybe_autocast
 
 COORDINATE_AXES = ("temporal", "height", "width")
 
@@ -26,7 +27,7 @@ class Bins(NamedTuple):
     Args:
         low: (K,) int64 row below or at the coordinate.
         high: (K,) int64 row above or at it, equal to `low` where the coordinate is a row's.
-        fraction: (K,) float32 share of `high` in [0, 1).
+        fraction: (K,) share of `high` in [0, 1).
     """
 
     low: torch.Tensor
@@ -76,12 +77,19 @@ def propagate(table_MD: torch.Tensor) -> torch.Tensor:
     wide = _at_least_float32(table_MD)
     rows = torch.arange(len(wide), device=wide.device)
     near_MM = torch.exp2(-(rows[:, None] - rows).abs().to(wide.dtype))
-    spread = near_MM @ wide
+    # Under autocast the product would take gradients in half precision.
+    with maybe_autocast(device_type=wide.device.type, enabled=False):
+        spread = near_MM @ wide
     return table_MD + (spread - spread.detach()).to(table_MD.dtype)
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mix_rows(table_MD: torch.Tensor, bins: Bins) -> torch.Tensor:
+    low, high = (_at_least_float32(table_MD[index]) for index in (bins.low, bins.high))
+    return torch.lerp(low, high, bins.fraction[:, None].to(low.dtype)).to(table_MD.dtype)
 
 
 def average_tables(input_MD: torch.Tensor, output_MD: torch.Tensor) -> torch.Tensor:
@@ -120,12 +128,11 @@ def interpolate_table(table_MD: torch.Tensor, size: int) -> torch.Tensor:
     num_rows = len(table_MD)
     if size == num_rows:
         return table_MD
-    # As a product with a small matrix the backward pass is the same on every run, on every device.
     place = (torch.arange(size, dtype=torch.float64) + 0.5) * num_rows / size - 0.5
     place = place.clamp(0, num_rows - 1)
-    weights = (1 - (place[:, None] - torch.arange(num_rows)).abs()).clamp_min(0)
-    wide = _at_least_float32(table_MD)
-    return (weights.to(wide.device, wide.dtype) @ wide).to(table_MD.dtype)
+    low = place.floor()
+    bins = Bins(low.long(), place.ceil().long(), place - low)
+    return _mix_rows(table_MD, Bins(*(x.to(table_MD.device) for x in bins)))
 
 
 class LapeParts(NamedTuple):
@@ -250,11 +257,6 @@ def lape_addition(
         interpolate_frames=interpolate_frames,
     )
     return parts.temporal_FD[:, None, None] + parts.spatial_PD.unflatten(0, (grid, grid))
-
-
-def _mix_rows(table_MD: torch.Tensor, bins: Bins) -> torch.Tensor:
-    low, high = (_at_least_float32(table_MD[index]) for index in (bins.low, bins.high))
-    return torch.lerp(low, high, bins.fraction[:, None].to(low.dtype)).to(table_MD.dtype)
 
 
 def interpolate_rows(table_MD: torch.Tensor, values_K: torch.Tensor) -> torch.Tensor:
