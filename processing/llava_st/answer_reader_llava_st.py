@@ -11,6 +11,7 @@ from typing import Any
 
 _LEXEME = re.compile(
     r"<(?P<axis>TEMP|WIDTH|HEIGHT)-(?P<role>INPUT|OUTPUT|)(?P<value>[^<>\s]*)>"
+    r"|<(?P<broken>TEMP|WIDTH|HEIGHT)\b[^\s<>{}\[\],:]*"
     r"|<(?P<short>[twh])(?P<short_value>[0-9.]+)>"
     r"|(?P<number>[0-9]++(?:\.[0-9]++)?+)(?!\w)"
     r"|(?P<mark>[{}\[\],:])"
@@ -75,6 +76,8 @@ def _atoms(text: str, num_temporal: int, num_spatial: int) -> Iterator[_Atom]:
         place = (match[0], match.start(), match.end())
         if match["mark"] or match["word"]:
             yield _Atom(match["mark"] or "word", *place)
+        elif match["broken"]:
+            yield _Atom(match["broken"], *place, None, f"{match[0][:24]!r} is cut off")
         elif match["number"]:
             yield _Atom("number", *place, *_fraction(match["number"]))
         elif match["axis"] and not match["role"]:
@@ -118,7 +121,8 @@ def _structure(atoms: Sequence[_Atom], i: int) -> tuple[Found | None, int]:
         stop = i + 1
         while _kind(atoms, stop) in _COORDINATES and _colon_after(atoms, stop) is None:
             stop += 1
-        return _bad(atoms, i, stop, "coordinates outside braces and brackets")
+        problems = [each.problem for each in atoms[i:stop] if each.problem]
+        return _bad(atoms, i, stop, problems[0] if problems else "coordinates outside braces and brackets")
     return _phrase(atoms, i)
 
 

@@ -10,13 +10,14 @@ Paper: LLaVA-ST, the answers of its tasks. Source: inference/src/utils.py of the
 the forms. `Differs:` the released parsers keep the first match only and drop the rest silently.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .answer_reader_llava_st import Found, read_answer
+from longvideo.processing.llava_st.answer_reader_llava_st import Found, read_answer
 
 TASKS = ("tvg", "tr", "rec", "reg", "dgc", "stvg", "svg", "elc", "dvc")
 # Tasks whose answer is about one thing, so that all its boxes with times make one tube.
@@ -280,7 +281,7 @@ def format_tube(
     """
     if len(tube.times) != len(tube.boxes):
         raise ValueError(f"the tube has {len(tube.times)} times and {len(tube.boxes)} boxes: expected one box a time")
-    for before, after in zip(tube.times, tube.times[1:], strict=False):
+    for before, after in itertools.pairwise(tube.times):
         if before >= after:
             raise ValueError(f"the tube's times go from {before} s to {after} s: sort them, each once")
     return " ".join(
@@ -401,7 +402,11 @@ def _with_event(items: Sequence[Found], tubes: Sequence[Tube], event_start: floa
         else:
             first = begin if begin is not None else (tubes[0].times[0] if tubes else None)
             if first is None:
-                result.append(replace(item, kind="bad", value="an end without its start: pass event_start"))
+                result.append(
+                    replace(
+                        item, kind="bad", value=f"an end at {item.value:.6g} s without its start: pass event_start"
+                    )
+                )
             elif first > item.value:
                 result.append(replace(item, kind="bad", value=f"the event ends before its start at {first:.6g} s"))
             else:
@@ -429,10 +434,12 @@ def _captions(body: str, items: Sequence[Found], tubes: Sequence[Tube], task: st
                 yield Caption(words, box=item.value)
     elif task == "elc":
         spans = [i for i, item in enumerate(items) if item.kind == "span"]
-        after, until = (items[spans[0]].end, starts[spans[0] + 1]) if spans else (0, starts[0])
-        words = _words(body[after:until])
+        span = items[spans[0]].value if spans else None
+        # Without a span the sentence still stands somewhere between the structures.
+        ends = [items[spans[0]].end] if spans else [0, *(item.end for item in items)]
+        gaps = [_words(body[end : min(start for start in starts if start >= end)]) for end in ends]
+        words = next((gap for gap in gaps if gap), None)
         if words:
-            span = items[spans[0]].value if spans else None
             yield Caption(words, span=span, tube=tubes[0] if tubes else None)
 
 
