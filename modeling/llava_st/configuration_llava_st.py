@@ -174,6 +174,9 @@ class LlavaSTConfig(PreTrainedConfig):
                 f"The tower's grid of {self.grid_size} x {self.grid_size} patches cannot be divided twice by "
                 f"spatial_factor {self.spatial_factor}. Choose image_size, patch_size and spatial_factor that fit."
             )
+        for name in ("num_image_positions", "num_fast_positions", "num_slow_positions"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} is {getattr(self, name)}; a block has a start and an end, so at least 2.")
         if self.packer_hidden_size % self.packer_num_heads:
             raise ValueError(
                 f"packer_hidden_size {self.packer_hidden_size} is not a multiple of packer_num_heads "
@@ -227,13 +230,25 @@ class LlavaSTConfig(PreTrainedConfig):
         return self.num_temporal_tokens + 2 * self.num_spatial_tokens
 
     @property
-    def coordinate_sizes(self) -> dict[str, int]:
-        """Entries per axis, in the order of their ids."""
-        return {
-            "temporal": self.num_temporal_tokens,
-            "height": self.num_spatial_tokens,
-            "width": self.num_spatial_tokens,
-        }
+    def coordinate_sizes(self) -> tuple[int, int, int]:
+        """Entries of each axis, in the order of their ids."""
+        return (self.num_temporal_tokens, self.num_spatial_tokens, self.num_spatial_tokens)
+
+    @property
+    def input_template_ids(self) -> tuple[int, ...]:
+        """Ids of the templates in questions, per axis."""
+        return tuple(getattr(self, f"{axis}_input_token_id") for axis in AXES)
+
+    @property
+    def output_template_ids(self) -> tuple[int, ...]:
+        """Ids of the templates in answers, per axis."""
+        return tuple(getattr(self, f"{axis}_output_token_id") for axis in AXES)
+
+    @property
+    def coordinate_starts(self) -> tuple[int, ...]:
+        """First id, and column of the logits, of each axis."""
+        start, size = self.coordinate_token_start, self.num_temporal_tokens
+        return (start, start + size, start + size + self.num_spatial_tokens)
 
     @property
     def num_logits(self) -> int:
