@@ -1,7 +1,7 @@
 """Which source frames a model looks at: pure functions from counts and rates to zero-based frame indices.
 
 Sources: VideoChat-Flash (arXiv 2501.00574), training code `get_frame_indices` (rules `dynamic_fps1` and `middle`);
-LongVU (arXiv 2410.17434), demo, training and evaluation code (strides).
+LongVU (arXiv 2410.17434), demo, training and evaluation code (strides); LLaVA-ST (arXiv 2501.08282), `load_video`.
 Every function returns a sorted int64 array; times in seconds follow from the indices in `video_io` only.
 """
 
@@ -251,6 +251,31 @@ def thin_evenly(indices: np.ndarray, max_frames: int) -> np.ndarray:
     if max_frames <= 0 or len(indices) <= max_frames:
         return indices
     return indices[np.arange(max_frames) * len(indices) // max_frames]
+
+
+def spread_indices(first: int, last: int, num_frames: int) -> np.ndarray:
+    """Choose so many frames evenly from the first to the last one, both included; a shorter range repeats frames.
+
+    Args:
+        first: Zero-based index of the first frame.
+        last: Zero-based index of the last frame.
+        num_frames: Number of indices to return.
+
+    Returns:
+        (num_frames,) int64 zero-based source frame indices first + round(i / (num_frames - 1) * (last - first)),
+        halves rounded to even numbers; the first frame when only one is wanted.
+
+    Raises:
+        ValueError: The range runs backwards or below 0, or no frame is wanted.
+
+    Source: LLaVA-ST `load_video`.
+    """
+    if not 0 <= first <= last:
+        raise ValueError(f"Frames {first} to {last} are no range; expected 0 <= first <= last.")
+    if num_frames < 1:
+        raise ValueError(f"num_frames={num_frames}, expected at least 1.")
+    steps = max(num_frames - 1, 1)
+    return np.array([first + round(i / steps * (last - first)) for i in range(num_frames)], dtype=np.int64)
 
 
 def clip_range(

@@ -1,0 +1,95 @@
+"""Answers of a batch with the sizes and durations of the sources that they speak about."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def answer_texts(tokenizer: Any, outputs: Any) -> tuple[list[str], bool]:
+    """Decode answers with their coordinates.
+
+    Args:
+        tokenizer: The tokenizer.
+        outputs: Text, texts, token ids, or a (B, S) tensor of them.
+
+    Returns:
+        The texts, and whether there was one answer, not a list.
+    """
+    if isinstance(outputs, str):
+        return [outputs], True
+    rows = outputs.tolist() if hasattr(outputs, "tolist") else list(outputs)
+    rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
+    is_single = bool(rows) and all(isinstance(row, int) for row in rows)
+    padding = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+
+    def decode(row: Any) -> str:
+        if isinstance(row, str):
+            return row
+        # Coordinates are special tokens, so only what ends and fills rows is left out.
+        return tokenizer.decode([entry for entry in row if entry not in padding], skip_special_tokens=False).strip()
+
+    return [decode(row) for row in ([rows] if is_single else rows)], is_single
+
+
+def answer_sources(
+    count: int, *, sizes: Any = None, durations: Any = None, starts: Any = None, metadata: Any = None
+) -> list[dict[str, Any]]:
+    """List size, duration and start of the source of each answer.
+
+    Args:
+        count: Number of answers.
+        sizes: (width, height) in pixels or a mapping with both, one for all answers or one per answer.
+        durations: Seconds, one number for all answers or one per answer.
+        starts: Seconds, likewise; 0 when None.
+        metadata: Video metadata, one for all answers or one per answer, for what is None of the above.
+
+    Returns:
+        `size`, `duration` and `start` of each.
+
+    Raises:
+        ValueError: Numbers of entries and answers differ.
+    """
+    sizes, durations, starts = (
+        value.tolist() if hasattr(value, "tolist") else value for value in (sizes, durations, starts)
+    )
+    facts = one_per_answer(metadata, count, "metadata")
+    listed = []
+    for size, duration, start, known in zip(
+        one_per_answer(sizes, count, "sizes", is_pair=True),
+        one_per_answer(durations, count, "durations"),
+        one_per_answer(starts, count, "starts"),
+        facts,
+        strict=True,
+    ):
+        if known is not None:
+            size = (known.width, known.height) if size is None else size
+            duration = known.duration if duration is None else duration
+            start = getattr(known, "start", None) if start is None else start
+        if isinstance(size, list | tuple) and None in size:
+            size = None
+        listed.append({"size": size, "duration": duration, "start": float(start or 0.0)})
+    return listed
+
+
+def one_per_answer(value: Any, count: int, name: str, *, is_pair: bool = False) -> list[Any]:
+    """List one value per answer.
+
+    Args:
+        value: None, a value for all answers, or a list with one per answer.
+        count: Number of answers.
+        name: Name for the message.
+        is_pair: Whether a single value is a pair of numbers.
+
+    Returns:
+        The values.
+
+    Raises:
+        ValueError: The numbers differ.
+    """
+    is_list = isinstance(value, list | tuple) and not isinstance(value, Mapping)
+    if is_list and is_pair:
+        is_list = not (len(value) == 2 and all(isinstance(entry, int | float) for entry in value))
+    if not is_list:
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name} has {len(value)} entries for {count} answers; give one per answer.")
+    return list(value)
