@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto."
-ARCHITECTURES = ("videochat_flash", "longvu")
+ARCHITECTURES = ("videochat_flash", "longvu", "llava_st")
 
 
 def _register_configurations() -> None:

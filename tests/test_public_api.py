@@ -40,7 +40,7 @@ PUBLIC = {
 }
 COMMANDS = {"ask", "convert", "estimate", "doctor", "card", "export-shim"}
 TASKS = {"video-question-answering", "video-text-to-text"}
-MODEL_TYPES = {"videochat_flash", "longvu", "umt_vision_model", "internvideo2_vision_model"}
+MODEL_TYPES = {"videochat_flash", "longvu", "llava_st", "umt_vision_model", "internvideo2_vision_model"}
 
 
 def _python(code: str) -> str:
