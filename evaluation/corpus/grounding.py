@@ -1,0 +1,337 @@
+"""Questions about when and where, with exact truth: events in time, shapes in a frame, and shapes through time.
+
+Answers and questions hold coordinates as text: a template token of LLaVA-ST with its value, `<TEMP-OUTPUT0.300>`,
+which its processor reads. Times are seconds from the first frame, and the length that a fraction is of is the time of
+the last frame, so that frame k of n stands at k/(n-1) (LLaVA-ST's rule for frames and annotations).
+"""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longvideo.evaluation.corpus.scenes import Actor, Scene
+from longvideo.processing.llava_st.grounding_llava_st import Box, Span, Tube, format_box, format_span, format_tube
+
+GROUNDING_TASKS: tuple[str, ...] = ("rec", "reg", "tvg", "tr", "stvg", "svg", "elc")
+IMAGE_TASKS: tuple[str, ...] = ("rec", "reg")
+EVENT_SORTS: tuple[str, ...] = ("seen", "moves", "coloured", "letter")
+NUM_FRAMES = 20
+# An event that fills nearly the whole video asks for nothing.
+LONGEST = 0.9
+# Two events that overlap so much cannot be told apart by their times.
+ALIKE = 0.6
+# Reach of a shape's edges from its centre, in radii: left, top, right, bottom.
+_EXTENTS: dict[str, tuple[float, float, float, float]] = {
+    "circle": (0.92, 0.92, 0.92, 0.92),
+    "square": (0.8, 0.8, 0.8, 0.8),
+    "triangle": (0.98, 0.95, 0.98, 0.75),
+    "cross": (0.95, 0.95, 0.95, 0.95),
+    "ring": (0.94, 0.94, 0.94, 0.94),
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens in a part of a video.
+
+    Args:
+        sort: one of EVENT_SORTS.
+        caption: sentence without full stop, "red circle moves left".
+        span: seconds, within the time of the last frame.
+        actor: the shape it happens to; None for a letter.
+    """
+
+    sort: str
+    caption: str
+    span: Span
+    actor: Actor | None
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """One question with its exact answer.
+
+    Args:
+        task: one of GROUNDING_TASKS.
+        question: text with coordinates as `<TEMP-INPUT0.300>`.
+        answer: text with coordinates as `<TEMP-OUTPUT0.300>`.
+        bucket: what a corpus balances inside a task.
+        time: seconds of the frame, for tasks about one frame.
+        caption: the words of the truth, for "reg", "tr" and "elc".
+        span: seconds of the event.
+        box: pixels of the shape in the frame (for "elc" in the first frame of the event).
+        tube: seconds and pixels at the sampled frames that show the shape.
+    """
+
+    task: str
+    question: str
+    answer: str
+    bucket: str
+    time: float | None = None
+    caption: str | None = None
+    span: Span | None = None
+    box: Box | None = None
+    tube: Tube | None = None
+
+
+@lru_cache(maxsize=4096)
+def _frame_numbers(total: int, num_frames: int) -> tuple[int, ...]:
+    return tuple(round(place / max(num_frames - 1, 1) * (total - 1)) for place in range(num_frames))
+
+
+def end_to_end_times(scene: Scene, num_frames: int = NUM_FRAMES) -> list[float]:
+    """Times of the frames that LLaVA-ST samples from the written video, the first and the last among them.
+
+    Args:
+        scene: what the video shows.
+        num_frames: number of frames.
+
+    Returns:
+        Seconds, rising.
+
+    Raises:
+        ValueError: num_frames is below 1.
+
+    Source: LLaVA-ST's inference scripts, `load_video`.
+    """
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}, expected at least 1")
+    return [number / scene.fps for number in _frame_numbers(scene.duration * scene.fps, num_frames)]
+
+
+def seen_seconds(scene: Scene) -> float:
+    """Time of the last frame of the written video: the length that coordinates are fractions of."""
+    return scene.duration - 1 / scene.fps
+
+
+def actor_box(actor: Actor, time: float, size: tuple[int, int]) -> Box:
+    """The smallest box around a shape.
+
+    Args:
+        actor: the shape.
+        time: seconds.
+        size: (width, height) of the frame in pixels.
+
+    Returns:
+        Pixels; shapes never leave the frame.
+    """
+    x, y = actor.position(time)
+    left, top, right, bottom = (reach * actor.radius for reach in _EXTENTS[actor.shape])
+    width, height = size
+    return Box((x - left) * width, (y - top) * height, (x + right) * width, (y + bottom) * height)
+
+
+def full_name(actor: Actor, time: float) -> str:
+    """Colour and shape at a time, "red circle"."""
+    return f"{actor.colour_at(time)} {actor.shape}"
+
+
+def _shown(scene: Scene, actor: Actor, time: float) -> bool:
+    return actor.visible(time) and not (scene.needle is not None and scene.needle.visible(time))
+
+
+def _event_tube(scene: Scene, event: Event, times: list[float], size: tuple[int, int]) -> Tube:
+    """The shape's boxes at the sampled frames inside the event."""
+    actor = event.actor
+    if actor is None:
+        return Tube((), ())
+    inside = [t for t in times if event.span.start <= t <= event.span.end and _shown(scene, actor, t)]
+    return Tube(tuple(inside), tuple(actor_box(actor, t, size) for t in inside))
+
+
+def list_grounded_events(scene: Scene, num_frames: int = NUM_FRAMES) -> list[Event]:
+    """Everything that happens in a part of the video and that the sampled frames show.
+
+    Args:
+        scene: what the video shows.
+        num_frames: number of sampled frames.
+
+    Returns:
+        Events in order of time; at least two sampled frames show each of them (one a letter), and none fills more than
+        nine tenths of the video.
+    """
+    found: list[Event] = []
+
+    def add(sort: str, caption: str, start: float, end: float, actor: Actor | None) -> None:
+        span = Span(start, min(end, seen_seconds(scene)))
+        shown = [t for t in times if span.start <= t <= span.end and (actor is None or _shown(scene, actor, t))]
+        short = span.end - span.start <= LONGEST * seen_seconds(scene)
+        if short and len(shown) >= (1 if actor is None else 2):
+            found.append(Event(sort, caption, span, actor))
+
+    times = end_to_end_times(scene, num_frames)
+    for actor in scene.actors:
+        # A shape that changes its colour is named by its shape alone: either colour would be wrong for a while.
+        name = actor.shape if actor.change is not None else f"{actor.colour} {actor.shape}"
+        add("seen", f"{name} is seen", actor.enter, actor.leave, actor)
+        if actor.motion is not None:
+            add("moves", f"{name} moves {actor.motion.direction}", actor.motion.start, actor.motion.end, actor)
+        if actor.change is not None:
+            add("coloured", f"{actor.shape} is {actor.colour}", actor.enter, actor.change, actor)
+            add("coloured", f"{actor.shape} is {actor.new_colour}", actor.change, actor.leave, actor)
+    if scene.needle is not None:
+        add("letter", f"letter {scene.needle.letter} is shown", scene.needle.start, scene.needle.end, None)
+    return sorted(found, key=lambda event: (event.span.start, event.caption))
+
+
+def _overlap(first: Span, second: Span) -> float:
+    common = min(first.end, second.end) - max(first.start, second.start)
+    hull = max(first.end, second.end) - min(first.start, second.start)
+    return max(common, 0.0) / hull
+
+
+class _Writer:
+    """Texts of one scene: questions and answers with coordinates."""
+
+    def __init__(self, scene: Scene, size: tuple[int, int]) -> None:
+        self.size, self.duration = size, seen_seconds(scene)
+
+    def span(self, span: Span, role: str = "output") -> str:
+        return format_span(span, duration=self.duration, role=role)
+
+    def time(self, time: float, role: str = "output") -> str:
+        return f"<TEMP-{role.upper()}{min(max(time / self.duration, 0.0), 1.0):.3f}>"
+
+    def box(self, box: Box, role: str = "output") -> str:
+        return format_box(box, size=self.size, role=role)
+
+    def tube(self, tube: Tube) -> str:
+        return format_tube(tube, size=self.size, duration=self.duration)
+
+
+_STVG = (
+    "At which time interval in the video can we see {event} occurring? Please describe the location of the "
+    "corresponding subject/object in this video.Please firstly give the timestamps, and then give the spatial "
+    "bounding box corresponding to each timestamp in the time period."
+)
+_SVG = (
+    "In the time range {span}, where is the {name}?Please give the spatial bounding box corresponding to each "
+    "timestamp in the time period."
+)
+_ELC = (
+    "Starts in {time}, what happened about the subject/object within the specified region {box}? Where is the "
+    "corresponding subject/object located?Please firstly give the end timestamp, then give the event associated with "
+    "the object/subject, finally give the spatial bounding box corresponding to each timestamp in the time period."
+)
+_TVG = (
+    "Give you a textual query: '{event}'. When does the described content occur in the video? Please return the start "
+    "and end timestamps."
+)
+_TR = (
+    "Describe what took place during the period {span} in the video.",
+    "What was going on within the time frame of {span} in the video?",
+)
+_REC = (
+    "Where can I find {name} in this image?",
+    "What part of this image contains {name}?",
+    "Where does {name} appear in this image?",
+    "Where is {name} situated within this image?",
+)
+_REG = (
+    "What object can be observed within the region {box} in the image?",
+    "What is the primary object within the region {box}?",
+)
+
+
+def grounding_texts() -> list[str]:
+    """Every wording that questions and answers use, without their names and coordinates, for training a tokenizer."""
+    answers = ["During the span of {}. Object bounding box: :[]", "Ends in , . Object bounding box: :[]"]
+    return [_STVG, _SVG, _ELC, _TVG, *_TR, *_REC, *_REG, *answers]
+
+
+def _picture_groundings(scene: Scene, rng: random.Random, writer: _Writer) -> list[Grounding]:
+    """Questions about one frame at a random time that shows something."""
+    for _ in range(20):
+        time = rng.random() * seen_seconds(scene)
+        seen = [actor for actor in scene.actors if _shown(scene, actor, time)]
+        if seen:
+            break
+    else:
+        return []
+    found = []
+    for actor in seen:
+        box, colour = actor_box(actor, time, writer.size), actor.colour_at(time)
+        name = rng.choice((f"the {colour} {actor.shape}", f"the {actor.shape}", f"the {colour} shape"))
+        crowd = "alone" if len(seen) == 1 else "crowd"
+        where = f"{crowd} {actor.shape}"
+        question = rng.choice(_REC).format(name=name)
+        found.append(Grounding("rec", question, writer.box(box), where, time=time, box=box))
+        question = rng.choice(_REG).format(box=writer.box(box, "input"))
+        words = full_name(actor, time)
+        found.append(Grounding("reg", question, f"{words}.", where, time=time, caption=words, box=box))
+    return found
+
+
+def _event_groundings(event: Event, events: list[Event], rng: random.Random, writer: _Writer) -> list[Grounding]:
+    """Questions about the time of an event, and about what happens in that time."""
+    span, question = event.span, _TVG.format(event=event.caption)
+    found = [Grounding("tvg", question, f"During the span of {writer.span(span)}.", event.sort, span=span)]
+    if all(other is event or _overlap(other.span, span) < ALIKE for other in events):
+        question = rng.choice(_TR).format(span=writer.span(span, "input"))
+        words = event.caption
+        found.append(Grounding("tr", question, f"{words}.", event.sort, caption=words, span=span))
+    return found
+
+
+def _tube_groundings(
+    event: Event, events: list[Event], tube: Tube, num_frames: int, writer: _Writer
+) -> list[Grounding]:
+    """Questions about a shape through time."""
+    span, boxes = event.span, writer.tube(tube)
+    answer = f"During the span of {writer.span(span)}. Object bounding box: {boxes}"
+    question = _STVG.format(event=event.caption)
+    found = [Grounding("stvg", question, answer, event.sort, span=span, tube=tube)]
+    first, last = tube.times[0], tube.times[-1]
+    shown = Span(first, last)
+    name = f"{event.actor.shape}" if event.actor.change is not None else full_name(event.actor, first)
+    question = _SVG.format(span=writer.span(shown, "input"), name=name)
+    found.append(Grounding("svg", question, boxes, event.sort, span=shown, tube=tube))
+    # Two events of one shape that start together could both be meant.
+    gap = 1.5 * writer.duration / max(num_frames - 1, 1)
+    rivals = [other for other in events if other.actor is event.actor and other is not event]
+    if all(abs(other.span.start - span.start) > gap for other in rivals):
+        region = tube.boxes[0]
+        question = _ELC.format(time=writer.time(span.start, "input"), box=writer.box(region, "input"))
+        answer = f"Ends in {writer.time(span.end)}, {event.caption}. Object bounding box: {boxes}"
+        found.append(
+            Grounding("elc", question, answer, event.sort, caption=event.caption, span=span, box=region, tube=tube)
+        )
+    return found
+
+
+def make_groundings(
+    scene: Scene,
+    tasks: Iterable[str] | None = None,
+    *,
+    size: tuple[int, int] = (256, 256),
+    num_frames: int = NUM_FRAMES,
+) -> list[Grounding]:
+    """Every question about times and places that the scene allows.
+
+    Args:
+        scene: what the video shows.
+        tasks: tasks to ask; default all of GROUNDING_TASKS.
+        size: (width, height) of the frames in pixels.
+        num_frames: frames that the model sees; tubes have boxes at these.
+
+    Returns:
+        Questions in the order of GROUNDING_TASKS; the same arguments give the same questions.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    wanted = GROUNDING_TASKS if tasks is None else tuple(tasks)
+    unknown = sorted(set(wanted) - set(GROUNDING_TASKS))
+    if unknown or not wanted:
+        raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(GROUNDING_TASKS)}")
+    writer = _Writer(scene, size)
+    found = _picture_groundings(scene, random.Random(f"{scene.split} {scene.seed} picture"), writer)
+    rng = random.Random(f"{scene.split} {scene.seed} grounding")
+    events, times = list_grounded_events(scene, num_frames), end_to_end_times(scene, num_frames)
+    for event in events:
+        found += _event_groundings(event, events, rng, writer)
+        tube = _event_tube(scene, event, times, size)
+        if len(tube.times) > 1:
+            found += _tube_groundings(event, events, tube, num_frames, writer)
+    return [item for task in GROUNDING_TASKS if task in wanted for item in found if item.task == task]
