@@ -2,18 +2,28 @@
 
 A conversion is planned from the files' headers alone (every hole is known before anything is written), then streamed
 tensor by tensor into a temporary folder beside the destination, which is renamed at the end.
-What belongs to one architecture is in a subclass of `ArchitectureConversion` (`convert_<architecture>.py`).
+What belongs to one architecture is in a subclass of `ArchitectureConversion` (`architecture.py`;
+`convert_<architecture>.py`).
 """
 
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longvideo.conversion.architecture import (
+    CONVERSIONS,
+    NO_OPTIONS,
+    NO_PARTS,
+    ArchitectureConversion,
+    choose_options,
+    find_conversion,
+    native_shapes,
+    register_conversion,
+)
 from longvideo.conversion.checkpoint_io import (
     SAFETENSORS_DTYPES,
     TensorInfo,
@@ -30,6 +40,7 @@ from longvideo.conversion.destination import (
     partial_folder,
     require_space,
 )
+from longvideo.conversion.joins import CutCheckpoint, Join, JoinedCheckpoint, cut_shapes
 from longvideo.conversion.key_map import KeyMap, collapse_numbers
 from longvideo.conversion.originals import (
     ORIGINAL_FOLDER,
@@ -42,154 +53,34 @@ from longvideo.conversion.originals import (
     write_dropped,
 )
 from longvideo.conversion.parts import (
-    Part,
     SourceCheckpoint,
     check_part_folders,
     find_parts,
     read_part_configs,
     split_parts,
 )
-from longvideo.conversion.report import REPORT_NAME, ConversionReport, TensorRow
+from longvideo.conversion.planning import plan_rows, settle_tied_weights
+from longvideo.conversion.report import REPORT_NAME, ConversionReport
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 __all__ = [
     "CONVERSIONS",
+    "NO_PARTS",
     "ArchitectureConversion",
     "KeyMap",
     "collapse_numbers",
     "convert_checkpoint",
+    "find_conversion",
     "register_conversion",
     "reverse_checkpoint",
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
 NAN_CHECK_VALUES = 1 << 20
-NO_PARTS: Mapping[str, Any] = MappingProxyType({})
-CONVERSIONS: dict[str, "ArchitectureConversion"] = {}
 
 Decorate = Callable[[Path, dict[str, Any]], None]
-
-
-class ArchitectureConversion(ABC):
-    """What a conversion must know about one architecture.
-
-    Attributes:
-        name: The native `model_type`.
-        original_model_types: The `model_type` values of original checkpoints.
-        parts: Checkpoints that the original reads beside its own.
-    """
-
-    parts: tuple[Part, ...] = ()
-    name: str
-    original_model_types: tuple[str, ...]
-
-    @abstractmethod
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Raise ValueError if the original config is not of this architecture or of a kind that is not supported."""
-
-    @abstractmethod
-    def key_map(self, config: dict[str, Any], names: Collection[str] = ()) -> KeyMap:
-        """Return the table for this original config; `names` are the source's tensors where layouts differ in them."""
-
-    @abstractmethod
-    def build_config(
-        self, config: dict[str, Any], parts: Mapping[str, dict[str, Any]] = NO_PARTS
-    ) -> "PreTrainedConfig":
-        """Return the native config for an original one and those of its parts."""
-
-    @abstractmethod
-    def original_config(self, config: "PreTrainedConfig") -> dict[str, Any]:
-        """Return an original config for a native one (used when no verbatim copy was kept)."""
-
-    @abstractmethod
-    def load_config(self, folder: Path) -> "PreTrainedConfig":
-        """Read the native config of a converted folder."""
-
-    @abstractmethod
-    def build_model(self, config: "PreTrainedConfig") -> "PreTrainedModel":
-        """Return the native model (called on the meta device)."""
-
-    @abstractmethod
-    def write_companions(self, config: "PreTrainedConfig", source: Path, folder: Path) -> list[str]:
-        """Write generation config and processor into `folder`, complete `config` with token ids, return notes."""
-
-    def check_parts(  # noqa: B027 (most architectures have no parts)
-        self, config: dict[str, Any], parts: Mapping[str, dict[str, Any]], infos: Mapping[str, TensorInfo]
-    ) -> None:
-        """Raise ValueError if the parts do not fit the checkpoint, whose headers are `infos`."""
-
-    def original_parts(self, config: "PreTrainedConfig") -> dict[str, dict[str, Any]]:
-        """Return the parts' original configs for a native one (used when no verbatim copies were kept)."""
-        return {}
-
-    def expected_shapes(self, config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-        """Return name and shape of every native tensor, without allocating any.
-
-        Args:
-            config: The native config.
-
-        Returns:
-            Native name to shape.
-        """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        with torch.device("meta"):
-            model = self.build_model(config)
-        # Files have the names that save_pretrained gives, which differ from a module's own where versions of
-        # Transformers renamed parts of their models.
-        stored = revert_weight_conversion(model, model.state_dict())
-        return {name: tuple(tensor.shape) for name, tensor in stored.items()}
-
-
-def register_conversion(conversion: ArchitectureConversion) -> None:
-    """Make an architecture known to the converter.
-
-    Args:
-        conversion: The architecture.
-
-    Raises:
-        ValueError: if an original model_type is taken already.
-    """
-    taken = {kind: other.name for other in CONVERSIONS.values() for kind in other.original_model_types}
-    doubled = [kind for kind in conversion.original_model_types if taken.get(kind, conversion.name) != conversion.name]
-    if doubled:
-        raise ValueError(f"original model types {doubled} are registered already: {taken}.")
-    CONVERSIONS[conversion.name] = conversion
-
-
-def find_conversion(config: dict[str, Any], model_type: str = "auto") -> ArchitectureConversion:
-    """Choose the architecture for an original config.
-
-    Args:
-        config: The original config.json.
-        model_type: "auto" to go by the config's model_type, or a native model_type to insist on.
-
-    Returns:
-        The architecture.
-
-    Raises:
-        ValueError: if no architecture fits.
-    """
-    known = ", ".join(f"{kind} ({c.name})" for c in CONVERSIONS.values() for kind in c.original_model_types)
-    if model_type != "auto":
-        if model_type not in CONVERSIONS:
-            raise ValueError(f"model type {model_type!r} is unknown; expected auto or one of {sorted(CONVERSIONS)}.")
-        return CONVERSIONS[model_type]
-    given = config.get("model_type")
-    if given in CONVERSIONS:
-        raise ValueError(
-            f"this folder is in the Transformers layout already (model_type {given!r}); load it as it is, or use "
-            "--reverse to get the original layout back."
-        )
-    for conversion in CONVERSIONS.values():
-        if given in conversion.original_model_types:
-            return conversion
-    raise ValueError(
-        f"config.json has model_type {given!r}; originals that can be converted: {known}. If the file is one of these "
-        f"under another name, insist with --model-type ({', '.join(sorted(CONVERSIONS))})."
-    )
 
 
 def convert_checkpoint(
@@ -199,6 +90,7 @@ def convert_checkpoint(
     dtype: str = "keep",
     model_type: str = "auto",
     parts: Mapping[str, str | os.PathLike[str] | None] = NO_PARTS,
+    options: Mapping[str, Any] = NO_OPTIONS,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     sha256: bool = False,
@@ -214,6 +106,7 @@ def convert_checkpoint(
         model_type: "auto" or the native model_type to insist on.
         parts: Folders of checkpoints that the original reads beside its own, by option ("vision_tower"). Without an
             entry a part is looked for in its sub-folder of the source.
+        options: Further choices of the architecture; None counts as not given.
         overwrite: Replace an existing destination (at the end, in one step).
         max_shard_bytes: Largest size of a weight file in bytes.
         sha256: Also record the SHA-256 of the source's weight files.
@@ -232,15 +125,22 @@ def convert_checkpoint(
     source, destination = check_folders(source, destination, dtype=dtype, overwrite=overwrite)
     original = read_json(source / "config.json")
     conversion = find_conversion(original, model_type)
+    chosen = choose_options(conversion, options)
     conversion.check_config(original)
     part_folders = find_parts(conversion.parts, source, parts, conversion.name)
     check_part_folders(part_folders, destination)
     part_configs = read_part_configs(part_folders)
-    with SourceCheckpoint(source, conversion.parts, part_folders) as checkpoint, partial_folder(destination) as folder:
-        conversion.check_parts(original, part_configs, checkpoint.infos)
+    with (
+        conversion.open_source(source, part_folders, chosen) as stored,
+        partial_folder(destination) as folder,
+    ):
+        original = conversion.complete_config(original, stored.infos, options=chosen, source=source)
+        conversion.check_parts(original, part_configs, stored.infos)
         config = conversion.build_config(original, part_configs)
+        checkpoint = JoinedCheckpoint(stored, conversion.joins(config))
         report = ConversionReport("forward", conversion.name, source.name, DTYPES.get(dtype, "keep"))
         report.notes += checkpoint.notes
+        report.joined = checkpoint.pieces
         rename = conversion.key_map(original, checkpoint.infos.keys()).rename
         plan_rows(report, checkpoint, rename, native_shapes(conversion, config))
         settle_tied_weights(report, checkpoint, config)
@@ -249,6 +149,7 @@ def convert_checkpoint(
         require_space(destination.parent, sum(row.target_info.nbytes for row in report.rows))
         folder.mkdir()
         keep_originals(report, source, folder / ORIGINAL_FOLDER, checkpoint, part_folders)
+        conversion.complete_originals(original, folder / ORIGINAL_FOLDER, chosen)
         write_shards(report, checkpoint, shards, folder, progress=progress)
         write_dropped(report, checkpoint, folder / ORIGINAL_FOLDER)
         config.dtype = SAFETENSORS_DTYPES[report.main_dtype]
@@ -302,10 +203,16 @@ def reverse_checkpoint(
     conversion = CONVERSIONS[given]
     config = conversion.load_config(source)
     original, part_configs = restored_configs(conversion, config, source)
-    rename = conversion.key_map(original, stored_names(source)).inverse().rename
-    with SourceCheckpoint(source) as checkpoint, partial_folder(destination) as folder:
+    key_map = conversion.key_map(original, stored_names(source))
+    rename = key_map.inverse().rename
+    joins = conversion.joins(config)
+    with SourceCheckpoint(source) as stored, partial_folder(destination) as folder:
+        checkpoint = cut_checkpoint(stored, joins, key_map, config)
         report = ConversionReport("reverse", conversion.name, source.name, DTYPES.get(dtype, "keep"))
-        expected = {rename(name): shape for name, shape in native_shapes(conversion, config).items()}
+        report.joined = checkpoint.pieces
+        shapes = native_shapes(conversion, config)
+        check_kept_config(conversion, config, shapes, source, checkpoint.infos, rename)
+        expected = cut_shapes({rename(name): shape for name, shape in shapes.items()}, joins)
         plan_rows(report, checkpoint, rename, expected)
         settle_tied_weights(report, checkpoint, config, rename)
         report.require_complete()
@@ -320,66 +227,6 @@ def reverse_checkpoint(
         finish(report, checkpoint, folder, sha256=sha256, decorate=None)
         move_into_place(folder, destination)
     return report
-
-
-def native_shapes(conversion: ArchitectureConversion, config: "PreTrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Return the shapes the native model expects, with impossible configs as a ValueError."""
-    try:
-        return conversion.expected_shapes(config)
-    except (TypeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"config.json does not describe a {conversion.name} that can be built: {error}") from error
-
-
-def plan_rows(
-    report: ConversionReport,
-    checkpoint: SourceCheckpoint,
-    rename: Callable[[str], str | None],
-    expected: dict[str, tuple[int, ...]],
-) -> None:
-    """Fill the report with one row per source tensor, and with every hole, from the headers alone."""
-    for info in checkpoint.infos.values():
-        try:
-            target = rename(info.name)
-        except KeyError:
-            report.unused.append(f"{info.name} {list(info.shape)}")
-            continue
-        if target is not None and target not in expected:
-            report.unused.append(f"{info.name} {list(info.shape)} (the config has no {target})")
-            continue
-        if target is not None and expected[target] != info.shape:
-            report.misshapen.append(
-                f"{info.name}: the file has {list(info.shape)}, config.json asks for {list(expected[target])}"
-            )
-        report.rows.append(TensorRow(info, target, report.dtype))
-    filled = {row.target for row in report.rows}
-    report.missing += [f"{name} {list(shape)}" for name, shape in expected.items() if name not in filled]
-
-
-def settle_tied_weights(
-    report: ConversionReport,
-    checkpoint: SourceCheckpoint,
-    config: "PreTrainedConfig",
-    rename: Callable[[str], str | None] = lambda name: name,
-) -> None:
-    """Accept an absent `lm_head.weight` when the embeddings are tied, and untie when two differing ones are stored."""
-    if not config.get_text_config().tie_word_embeddings:
-        return
-    head = rename("lm_head.weight")
-    absent = [name for name in report.missing if name.startswith(f"{head} ")]
-    if absent:
-        report.missing.remove(absent[0])
-        report.notes.append(f"{head} is not stored: the config ties it to the input embeddings.")
-        return
-    rows = {row.target: row.source for row in report.kept}
-    embedding = next((name for name in rows if name and name.endswith("embed_tokens.weight")), None)
-    if report.direction == "reverse" or embedding is None or head not in rows:
-        return
-    if not torch.equal(checkpoint.read(rows[head].name), checkpoint.read(rows[embedding].name)):
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        report.notes.append(
-            "the config ties the output to the input embeddings but the files hold two different matrices; both are "
-            "kept and tie_word_embeddings is set to false."
-        )
 
 
 def write_shards(
@@ -454,10 +301,41 @@ def restored_configs(
     kept = source / ORIGINAL_FOLDER
     if not (kept / "config.json").is_file():
         return conversion.original_config(config), conversion.original_parts(config)
-    original = read_json(kept / "config.json")
-    parts = kept_parts(kept, [part.name for part in conversion.parts])
+    return read_json(kept / "config.json"), kept_parts(kept, [part.name for part in conversion.parts])
+
+
+def cut_checkpoint(
+    stored: SourceCheckpoint, joins: tuple[Join, ...], key_map: KeyMap, config: "PreTrainedConfig"
+) -> CutCheckpoint:
+    """Return a native checkpoint with whole matrices as the pieces that the original stores, under native names."""
+    native = tuple(
+        Join(str(key_map.rename(join.name)), tuple((str(key_map.rename(name)), rows) for name, rows in join.pieces))
+        for join in joins
+    )
+    embedding = next((name for name in stored.infos if name.endswith("embed_tokens.weight")), "")
+    tied = {"lm_head.weight": embedding} if config.get_text_config().tie_word_embeddings else {}
+    return CutCheckpoint(stored, native, tied)
+
+
+def check_kept_config(
+    conversion: ArchitectureConversion,
+    config: "PreTrainedConfig",
+    now: dict[str, tuple[int, ...]],
+    source: Path,
+    infos: Mapping[str, TensorInfo],
+    rename: Callable[[str], str | None],
+) -> None:
+    """Raise ValueError if the original config that was kept describes a model of other sizes than the native one."""
+    kept = source / ORIGINAL_FOLDER
+    if not (kept / "config.json").is_file():
+        return
+    original, parts = restored_configs(conversion, config, source)
+    renamed = {}
+    for name, info in infos.items():
+        with suppress(KeyError):
+            renamed[str(rename(name))] = info
+    original = conversion.complete_config(original, renamed, options=conversion.options_of(config))
     was = native_shapes(conversion, conversion.build_config(original, parts))
-    now = native_shapes(conversion, config)
     changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if changed:
         raise ValueError(
@@ -465,7 +343,6 @@ def restored_configs(
             f"{was.get(changed[0])} against {now.get(changed[0])}). Remove the folder {ORIGINAL_FOLDER} to have the "
             "original config written anew."
         )
-    return original, parts
 
 
 def finish(

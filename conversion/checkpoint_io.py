@@ -145,6 +145,57 @@ class SafetensorsFile:
         self.handle.close()
 
 
+def unpickle(path: Path) -> Any:
+    """Read a torch file with weights only, mapped where the file format allows it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: if the pickle asks to run code, or the file is no torch file.
+    """
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors (the pickle asks to run code or to build other objects) and was "
+            "not loaded. Expected a plain state dict; get the safetensors version, or re-save only the tensors "
+            "on a machine where you trust the file."
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a readable torch file ({reason}). Fetch the file again.") from error
+
+
+def require_state_dict(state: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Return a state dict after checking that it is one.
+
+    Args:
+        state: What a torch file holds.
+        path: The file, for the message.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: if it is anything but names to tensors.
+    """
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} is not a state dict (names to tensors); training states and wrapped checkpoints are not "
+            "read. Give the folder with the model's own weight files."
+        )
+    return state
+
+
 class BinFile:
     """A torch `.bin` state dict, memory mapped and unpickled with weights only (code in the pickle is refused).
 
@@ -165,28 +216,7 @@ class BinFile:
 
     def load(self) -> dict[str, torch.Tensor]:
         """Return the state dict, mapped where the file format allows it."""
-        try:
-            try:
-                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{self.path} holds more than tensors (the pickle asks to run code or to build other objects) and was "
-                "not loaded. Expected a plain state dict; get the safetensors version, or re-save only the tensors "
-                "on a machine where you trust the file."
-            ) from error
-        except (RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{self.path} is not a readable torch file ({reason}). Fetch the file again.") from error
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise ValueError(
-                f"{self.path} is not a state dict (names to tensors); training states and wrapped checkpoints are not "
-                "read. Give the folder with the model's own weight files."
-            )
-        return state
+        return require_state_dict(unpickle(self.path), self.path)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor.

@@ -23,6 +23,7 @@ from longvideo.conversion.longvu_config import (
 )
 from longvideo.conversion.originals import ORIGINAL_FOLDER
 from longvideo.conversion.parts import Part
+from longvideo.conversion.towers import ENCODER_NAMES, SIGLIP_NAMES, SIGLIP_UNUSED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -75,48 +76,6 @@ CONNECTOR_KEYS: dict[str, str | None] = {
     # Created without connector_only; the original never calls them.
     **{f"model.vision_sampler_layers.{{}}.{name}": None for name in SAMPLER_NAMES},
 }
-ENCODER_NAMES = (
-    "encoder.layers.{}.layer_norm1.weight",
-    "encoder.layers.{}.layer_norm1.bias",
-    "encoder.layers.{}.layer_norm2.weight",
-    "encoder.layers.{}.layer_norm2.bias",
-    "encoder.layers.{}.self_attn.q_proj.weight",
-    "encoder.layers.{}.self_attn.q_proj.bias",
-    "encoder.layers.{}.self_attn.k_proj.weight",
-    "encoder.layers.{}.self_attn.k_proj.bias",
-    "encoder.layers.{}.self_attn.v_proj.weight",
-    "encoder.layers.{}.self_attn.v_proj.bias",
-    "encoder.layers.{}.self_attn.out_proj.weight",
-    "encoder.layers.{}.self_attn.out_proj.bias",
-    "encoder.layers.{}.mlp.fc1.weight",
-    "encoder.layers.{}.mlp.fc1.bias",
-    "encoder.layers.{}.mlp.fc2.weight",
-    "encoder.layers.{}.mlp.fc2.bias",
-)
-SIGLIP_NAMES = (
-    "embeddings.patch_embedding.weight",
-    "embeddings.patch_embedding.bias",
-    "embeddings.position_embedding.weight",
-    *ENCODER_NAMES,
-)
-# Features are those before the last norm; the pooling head runs in the original and its output is thrown away; old
-# files also hold the position numbers.
-SIGLIP_UNUSED = (
-    "embeddings.position_ids",
-    "post_layernorm.weight",
-    "post_layernorm.bias",
-    "head.probe",
-    "head.attention.in_proj_weight",
-    "head.attention.in_proj_bias",
-    "head.attention.out_proj.weight",
-    "head.attention.out_proj.bias",
-    "head.layernorm.weight",
-    "head.layernorm.bias",
-    "head.mlp.fc1.weight",
-    "head.mlp.fc1.bias",
-    "head.mlp.fc2.weight",
-    "head.mlp.fc2.bias",
-)
 # What the public repository holds besides the vision half.
 SIGLIP_TEXT_HALF = (
     "logit_scale",

@@ -14,6 +14,7 @@ from longvideo.conversion.base import NO_PARTS, ArchitectureConversion, KeyMap, 
 from longvideo.conversion.checkpoint_io import read_json
 from longvideo.conversion.decoders import (
     DECODER_KEYS,
+    QWEN2_FIELDS,
     add_placeholders,
     load_tokenizer,
     write_generation_config,
@@ -99,26 +100,6 @@ TOWERS: dict[str, dict[str, Any]] = {
 IMAGE_TOWERS = ("clip-vit", "ShareGPT4V", "siglip")
 IMAGE_TOWER_OWNERS = ("openai", "laion")
 PROJECTOR_PATTERN = r"tome(\d+)_mlp_hd64"
-TEXT_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "use_sliding_window",
-    "sliding_window",
-    "max_window_layers",
-    "attention_dropout",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 COMPRESSION_FIELDS = (
     "mm_local_num_frames",
     "vision_encode_type",
@@ -127,7 +108,7 @@ COMPRESSION_FIELDS = (
     "llm_compress_layer_list",
     "llm_image_token_ratio_list",
 )
-REQUIRED_FIELDS = (*TEXT_FIELDS[:6], "mm_vision_tower", "mm_hidden_size", "mm_projector_type")
+REQUIRED_FIELDS = (*QWEN2_FIELDS[:6], "mm_vision_tower", "mm_hidden_size", "mm_projector_type")
 END_OF_TURN = "<|im_end|>"
 
 
@@ -197,7 +178,7 @@ class VideoChatFlashConversion(ArchitectureConversion):
 
         from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 
-        text_config = {name: config[name] for name in TEXT_FIELDS if config.get(name) is not None}
+        text_config = {name: config[name] for name in QWEN2_FIELDS if config.get(name) is not None}
         text_config["rope_parameters"] = rope_parameters(config)
         projector = re.fullmatch(PROJECTOR_PATTERN, config["mm_projector_type"])
         assert projector is not None
@@ -248,7 +229,7 @@ class VideoChatFlashConversion(ArchitectureConversion):
         original = {
             "architectures": ["VideoChatFlashQwenForCausalLM"],
             "model_type": "videochat_flash_qwen",
-            **{key: text[key] for key in TEXT_FIELDS if key in text},
+            **{key: text[key] for key in QWEN2_FIELDS if key in text},
             "tie_word_embeddings": config.tie_word_embeddings,
             "rope_theta": theta,
             "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,

@@ -30,6 +30,27 @@ DECODER_KEYS: dict[str, str | None] = {
     # Old versions of Transformers stored the rotary frequencies, which follow from the config.
     "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
 }
+# Fields of an original config.json that Qwen2 takes as they are; rotary parameters come in other forms.
+QWEN2_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -55,6 +55,7 @@ class ConversionReport:
         architecture: The native model_type.
         source: Name of the source folder.
         dtype: "keep" or the safetensors code that floating-point weights are cast to.
+        joined: Names of the pieces by the name of a matrix that is stored whole in the native layout.
     """
 
     direction: str
@@ -68,6 +69,14 @@ class ConversionReport:
     notes: list[str] = field(default_factory=list)
     files_left: list[str] = field(default_factory=list)
     source_sha256: dict[str, str] = field(default_factory=dict)
+    joined: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def num_stored(self) -> tuple[int, int]:
+        """Numbers of tensors in the files that were read and in those that are written."""
+        more = sum(len(pieces) - 1 for pieces in self.joined.values())
+        read, written = len(self.rows), len(self.kept)
+        return (read + more, written) if self.direction == "forward" else (read - more, written)
 
     @property
     def kept(self) -> list[TensorRow]:
@@ -142,14 +151,15 @@ class ConversionReport:
             "source": self.source,
             "source_sha256": self.source_sha256,
             "dtype": self.dtype,
-            "num_source_tensors": len(self.rows),
-            "num_target_tensors": len(self.kept),
+            "num_source_tensors": self.num_stored[0],
+            "num_target_tensors": self.num_stored[1],
             "num_values": sum(row.source.numel for row in self.kept),
             "num_bytes": sum(row.target_info.nbytes for row in self.kept),
             "complete": not self.holes(),
             "missing": self.missing,
             "unused": self.unused,
             "misshapen": self.misshapen,
+            "joined": self.joined,
             "dropped": [row.source.name for row in self.dropped],
             "files_left": self.files_left,
             "notes": self.notes,
@@ -190,6 +200,7 @@ class ConversionReport:
             for (source, target, shape, dtype), count in groups.items()
         ]
         lines.append(self.result())
+        lines += [f"{name} = rows of {', '.join(pieces)}" for name, pieces in self.joined.items()]
         lines += [f"note: {note}" for note in self.notes]
         if self.files_left:
             lines.append(f"files not carried over: {', '.join(self.files_left)}")
@@ -204,6 +215,7 @@ class ConversionReport:
         values = sum(row.source.numel for row in self.kept)
         size = sum(row.target_info.nbytes for row in self.kept)
         return (
-            f"{len(self.rows)} source tensors: {len(self.kept)} used, {len(self.dropped)} dropped by name; "
+            f"{self.num_stored[0]} source tensors: {self.num_stored[0] - len(self.dropped)} used, "
+            f"{len(self.dropped)} dropped by name; "
             f"{len(self.kept)} target tensors filled, {len(self.missing)} missing; {values} values, {size} bytes"
         )

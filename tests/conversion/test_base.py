@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from longvideo.conversion import CONVERSIONS, KeyMap, convert_checkpoint, reverse_checkpoint
-from longvideo.conversion.base import register_conversion
+from longvideo.conversion import CONVERSIONS, KeyMap, architecture, convert_checkpoint, reverse_checkpoint
+from longvideo.conversion.architecture import find_conversion, register_conversion
 from longvideo.conversion.checkpoint_io import (
     DTYPE_CODES,
     Checkpoint,
@@ -52,13 +52,33 @@ def test_key_map_refuses_ambiguity() -> None:
         KeyMap({"a.{}": "b"})
 
 
-def test_an_original_model_type_belongs_to_one_architecture() -> None:
+def test_architectures_that_share_a_model_type_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other(type(CONVERSIONS["videochat_flash"])):
         name = "other"
+        original_model_types = ("llava_qwen_flash",)
 
+        def check_config(self, config: dict[str, Any]) -> None:
+            if not config.get("other"):
+                raise ValueError("other is not set")
+
+    monkeypatch.setattr(architecture, "CONVERSIONS", dict(CONVERSIONS))
+    other = Other()
+    register_conversion(other)
+    register_conversion(other)
+    _, config = original_state()
+    assert find_conversion(config) is CONVERSIONS["videochat_flash"]
+    assert find_conversion({"model_type": "llava_qwen_flash", "other": True}) is other
+    with pytest.raises(ValueError, match=r"(?s)several.*not videochat_flash: .*lacks.*not other: other is not set"):
+        find_conversion({"model_type": "llava_qwen_flash"})
     with pytest.raises(ValueError, match="registered already"):
+        monkeypatch.setattr(Other, "name", "longvu")
         register_conversion(Other())
-    assert "other" not in CONVERSIONS
+
+
+def test_a_choice_that_the_architecture_does_not_have_is_refused(tmp_path: Path) -> None:
+    write_original(tmp_path / "original")
+    with pytest.raises(ValueError, match="--coordinates was given, but videochat_flash has no such choice"):
+        convert_checkpoint(tmp_path / "original", tmp_path / "native", options={"coordinates": "split"})
 
 
 def test_written_files_are_read_by_the_library(tmp_path: Path) -> None:
