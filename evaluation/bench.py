@@ -3,7 +3,8 @@
 The model is random and of middle size. Every step runs in a process of its own, so that its peak of resident memory
 (or of GPU memory) is its own; several rounds are run and the fastest counts, so that other work on the machine
 disturbs as little as possible. What is measured stands in the module that `ARCHITECTURES` names. Such a module offers
-`check(args)`, `measure(args, in_process, tell)`, `run_step(words)`, `judge(result, frames)` and `tables(result)`.
+`FRAMES`, `check(args)`, `measure(args, in_process, tell)`, `run_step(words)`, `judge(result, frames)` and
+`tables(result)`.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from typing import Any
 
 from longvideo.evaluation.bench_steps import CLIP
 
-FRAMES = (64, 256)
 ARCHITECTURES = {
     "videochat_flash": "longvideo.evaluation.bench_videochat_flash",
     "longvu": "longvideo.evaluation.bench_longvu",
+    "llava_st": "longvideo.evaluation.bench_llava_st",
 }
 
 
@@ -198,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(prog="python -m longvideo.evaluation.bench", description=__doc__)
     parser.add_argument("model", nargs="?", choices=list(ARCHITECTURES), help="architecture")
-    parser.add_argument("--frames", type=int, nargs="+", default=list(FRAMES), help="frame counts (default: 64 256)")
+    parser.add_argument("--frames", type=int, nargs="+", help="frame counts (default: those of the architecture)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs per step (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the model runs")
@@ -230,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.step:
         print(json.dumps(architecture.run_step(args.step)))
         return 0
+    args.frames = args.frames or list(architecture.FRAMES)
     wrong = "--rounds must be at least 1" if args.rounds < 1 else architecture.check(args)
     if wrong:
         parser.error(wrong)

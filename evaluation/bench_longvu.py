@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
     from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration
 
+FRAMES = (64, 256)
 NUM_TEXT = 64
 DECODE_STEPS = 16
 STAGES = ("reduction", "sampler", "selection", "compression", "insertion")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
     from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
 
+FRAMES = (64, 256)
 NUM_TEXT = 64
 DECODE_STEPS = 16
 DROPOUT = {"type": "uniform0_attention", "ratios": [1.0, 0.75, 0.25]}

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 COUNTERS = {
     "videochat_flash": "longvideo.evaluation.cost_videochat_flash",
     "longvu": "longvideo.evaluation.cost_longvu",
+    "llava_st": "longvideo.evaluation.cost_llava_st",
 }
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 # Decoders of the Llama family whose query, key and value projections have a bias whatever the configuration says.

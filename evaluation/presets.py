@@ -1,7 +1,7 @@
 """Sizes of the published checkpoints, for estimates and for tests that need no download.
 
-Source: model repositories of OpenGVLab (VideoChat-Flash) and Vision-CAIR (LongVU); tensors and values as counted in
-the original classes. LongVU's files hold no towers.
+Source: model repositories of OpenGVLab (VideoChat-Flash), Vision-CAIR (LongVU) and appletea2333 (LLaVA-ST); tensors
+and values as counted in the original classes. LongVU's files hold no towers.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
 from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 
@@ -64,6 +65,14 @@ LLAMA3_2_1B = {
 LONGVU_VIDEO = {"original_behaviour": True}
 TIED = {"tie_word_embeddings": True}  # as in the base models
 LONGVU_IMAGE = {**LONGVU_VIDEO, "image_token_len": 576, "highres": False}
+# As released: coordinates in tables of their own, a fast stream and widths in questions that the decoder never sees.
+LLAVA_ST = {
+    "coordinate_layout": "split",
+    "splice_fast_stream": False,
+    "inject_width_inputs": False,
+    "lape_interpolate_frames": False,
+    "sample_loss": "sample_sum",
+}
 UMT_224 = {"model_type": "umt_vision_model", "image_size": 224}
 UMT_448 = {"model_type": "umt_vision_model", "image_size": 448}
 INTERNVIDEO2 = {"model_type": "internvideo2_vision_model"}
@@ -162,6 +171,15 @@ PRESETS = {
         1_544_279_040,
         LongVUConfig,
         {**LONGVU_IMAGE, **TIED},
+    ),
+    "llava_st-7b": Preset(
+        ("appletea2333/LLaVA-ST-Qwen2-7B",),
+        None,
+        {**QWEN2_7B, "vocab_size": 151660},
+        839,
+        8_095_709_216,
+        LlavaSTConfig,
+        LLAVA_ST,
     ),
 }
 
