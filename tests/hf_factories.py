@@ -17,16 +17,20 @@ import torch
 from transformers import ProcessorMixin
 
 import longvideo  # noqa: F401 (registers the architectures)
+from longvideo.modeling.llava_st.modeling_llava_st import LlavaSTForConditionalGeneration, LlavaSTModel
+from longvideo.modeling.llava_st.splicing_llava_st import block_ids
 from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration, LongVUModel
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import (
     VideoChatFlashForConditionalGeneration,
     VideoChatFlashModel,
 )
 from tests.tiny import tiny_videochat_flash_config, tiny_videochat_flash_processor
+from tests.tiny_llava_st import tiny_llava_st_config
+from tests.tiny_llava_st_processor import llava_st_suite
 from tests.tiny_longvu import tiny_longvu_config
 from tests.tiny_longvu_processor import longvu_suite
 
-FACTORIES = ("videochat_flash", "longvu")
+FACTORIES = ("videochat_flash", "longvu", "llava_st")
 
 
 def videochat_flash() -> dict:
@@ -110,4 +114,32 @@ def longvu() -> dict:
         # 10 of text, 6 of the image, 12 of each frame.
         "num_positions": 40,
         "overrides": {**parts["overrides"], "additional_model_inputs": list(pixels)},
+    }
+
+
+def llava_st() -> dict:
+    """LLaVA-ST with one image, one video and a time to inject in every prompt."""
+    # Ids as above; besides, the suite makes the vocabulary smaller by 15, which may not cut off coordinates.
+    config = tiny_llava_st_config(first_id=5, text_kwargs={"vocab_size": 264})
+    batch_size, side = 7, config.vision_config.image_size
+    torch.manual_seed(0)
+    visuals = [*block_ids(config, "image"), 100, *block_ids(config, "video")]
+    input_ids = torch.randint(40, 200, (batch_size, len(visuals) + 8))
+    input_ids[:, 2 : 2 + len(visuals)] = torch.tensor(visuals)
+    input_ids[:, -4] = config.temporal_input_token_id
+    return {
+        **llava_st_suite(),
+        "config": config,
+        "model_classes": (LlavaSTForConditionalGeneration, LlavaSTModel),
+        "inputs_dict": {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values_videos": torch.rand(batch_size, config.num_frames, 3, side, side),
+            "pixel_values": torch.rand(batch_size, 3, side, side),
+            "coordinate_values": torch.full(input_ids.shape, 0.3),
+        },
+        "overrides": {
+            **llava_st_suite()["overrides"],
+            "additional_model_inputs": ["pixel_values_videos", "pixel_values", "coordinate_values"],
+        },
     }

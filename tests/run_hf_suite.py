@@ -89,7 +89,8 @@ class GenerationTests:
         pad = model.config.get_text_config(decoder=True).pad_token_id or 0
         padded_ids = torch.cat([ids.new_full((len(ids), 5), pad), ids], dim=1)
         padded_mask = torch.cat([mask.new_zeros((len(ids), 5)), mask], dim=1)
-        padded = {**inputs, "input_ids": padded_ids, "attention_mask": padded_mask}
+        aligned = {name: torch.nn.functional.pad(x, (5, 0)) for name, x in inputs.items() if x.shape == ids.shape}
+        padded = {**inputs, **aligned, "input_ids": padded_ids, "attention_mask": padded_mask}
         position_ids = (padded_mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad():
             plain_logits = model(**{**inputs, "attention_mask": mask}).logits[:, -1]
