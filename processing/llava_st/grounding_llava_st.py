@@ -140,67 +140,6 @@ def parse_grounding(
     )
 
 
-def post_process_grounding(
-    outputs: Any,
-    *,
-    tokenizer: Any,
-    sizes: Sequence[Any] | None = None,
-    durations: Sequence[float | None] | None = None,
-    starts: Sequence[float] | None = None,
-    event_starts: Sequence[float | None] | None = None,
-    task: str | Sequence[str | None] | None = None,
-    num_temporal: int = 100,
-    num_spatial: int = 100,
-) -> list[GroundingResult]:
-    """Read a batch of answers.
-
-    Args:
-        outputs: Answers as texts or as token ids without the prompt: one text, a list of texts, (B, S) ids, or lists
-            of ids.
-        tokenizer: Decodes ids; not used for texts.
-        sizes: (width, height) in pixels of each answer's frames.
-        durations: Seconds that the model saw, for each answer.
-        starts: Where that began in the source video, in seconds; 0 without it.
-        event_starts: See `parse_grounding`, for each answer.
-        task: One for all answers, or one for each.
-        num_temporal: Temporal tokens of the model.
-        num_spatial: Spatial tokens of the model on each axis.
-
-    Returns:
-        One result for each answer.
-
-    Raises:
-        ValueError: lists of other lengths than the answers, or what `parse_grounding` raises.
-    """
-    texts = _decoded(outputs, tokenizer)
-    tasks = [task] * len(texts) if task is None or isinstance(task, str) else list(task)
-    columns = {
-        "sizes": sizes,
-        "durations": durations,
-        "starts": [0.0] * len(texts) if starts is None else starts,
-        "event_starts": event_starts,
-        "task": tasks,
-    }
-    rows: dict[str, Sequence[Any]] = {}
-    for name, values in columns.items():
-        rows[name] = [None] * len(texts) if values is None else values
-        if len(rows[name]) != len(texts):
-            raise ValueError(f"{name} has {len(rows[name])} entries for {len(texts)} answers: pass one for each")
-    return [
-        parse_grounding(
-            text,
-            size=rows["sizes"][i],
-            duration=rows["durations"][i],
-            start=rows["starts"][i],
-            task=rows["task"][i],
-            event_start=rows["event_starts"][i],
-            num_temporal=num_temporal,
-            num_spatial=num_spatial,
-        )
-        for i, text in enumerate(texts)
-    ]
-
-
 def format_span(
     span: Span, *, duration: float, start: float = 0.0, role: str = "output", num_temporal: int = 100
 ) -> str:
@@ -316,24 +255,6 @@ def _checked_size(size: Any) -> tuple[float, float] | tuple[None, None]:
     if len(pair) != 2 or not all(math.isfinite(side) and side > 0 for side in pair):
         raise ValueError(f"size is {size}, expected (width, height) in pixels, both above 0")
     return float(pair[0]), float(pair[1])
-
-
-def _decoded(outputs: Any, tokenizer: Any) -> list[str]:
-    if isinstance(outputs, str):
-        return [outputs]
-    rows = outputs.tolist() if hasattr(outputs, "tolist") else list(outputs)
-    if rows and isinstance(rows[0], int):
-        rows = [rows]
-    texts = [
-        row
-        if isinstance(row, str)
-        else tokenizer.decode(row.tolist() if hasattr(row, "tolist") else row, skip_special_tokens=False)
-        for row in rows
-    ]
-    ends = [mark for mark in (getattr(tokenizer, f"{kind}_token", None) for kind in ("pad", "eos", "bos")) if mark]
-    for mark in ends:
-        texts = [text.replace(mark, "") for text in texts]
-    return texts
 
 
 def _scaled(item: Found, width: float | None, height: float | None, start: float, duration: float | None) -> Found:
