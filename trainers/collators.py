@@ -19,13 +19,23 @@ from longvideo.processing.shared.placeholders import shift_spans
 IGNORE_INDEX = -100
 _VISUAL_SOURCES = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
 # What must grow along the sequence axis when rows of different length are put together, and the filling value.
-_SEQUENCE_FILL = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+_SEQUENCE_FILL = {
+    "attention_mask": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "coordinate_values": 0.0,
+    "labels": IGNORE_INDEX,
+}
 _MASKS = ("assistant", "all")
 _BLANK_SIDE = 32  # pixels; the processor brings a black square of any size to the towers' sizes
 # Tokens that the original rules supervise wherever they stand, by the conversation format that a tokenizer knows.
 _CHATML_DELIMITERS = ("\n", "<|im_start|>", "<|im_end|>")
 _LLAMA3_DELIMITERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n")
-_LABEL_RULES = {"videochat_flash": (_CHATML_DELIMITERS,), "longvu": (_CHATML_DELIMITERS, _LLAMA3_DELIMITERS)}
+_LABEL_RULES = {
+    "videochat_flash": (_CHATML_DELIMITERS,),
+    "longvu": (_CHATML_DELIMITERS, _LLAMA3_DELIMITERS),
+    "llava_st": (_CHATML_DELIMITERS,),
+}
 
 
 class BatchCounts(NamedTuple):
@@ -101,9 +111,9 @@ class VideoSFTCollator:
             an error when the cut would hit a visual span or leave no supervised token. None never cuts.
         mask: "assistant" supervises the text of every assistant turn and its end token; "all" every token that is
             neither padding nor a visual placeholder.
-        label_rule: None, or "videochat_flash" / "longvu" for the labels of the original training code: whole
-            assistant turns with their role header, and newline, `<|im_start|>` and `<|im_end|>` tokens wherever they
-            stand ("longvu" with a Llama 3 tokenizer: begin of text, header marks, end of turn and blank line).
+        label_rule: None, or "videochat_flash" / "longvu" / "llava_st" for the labels of the original training code:
+            whole assistant turns with their role header, and newline, `<|im_start|>` and `<|im_end|>` tokens wherever
+            they stand ("longvu" with a Llama 3 tokenizer: begin of text, header marks, end of turn and blank line).
         blank_image_position: None, or the token index at which a row without images and videos gets a black image,
             as in the original training of LongVU (91): it is seen, so that every process of a sharded model runs the
             same modules.
@@ -115,7 +125,8 @@ class VideoSFTCollator:
         ValueError: Unknown `mask` or `label_rule`, or a tokenizer without the tokens that the rule names.
 
     Source: VideoChat-Flash training code, `preprocess_qwen` (for `label_rule="videochat_flash"`); LongVU training
-    code, the same and `preprocess_llama3` (for `label_rule="longvu"`).
+    code, the same and `preprocess_llama3` (for `label_rule="longvu"`); LLaVA-ST training code, the same as the first
+    (for `label_rule="llava_st"`).
     Differs: the originals hard-code 198 for the newline; here the tokenizer is asked, which is 198 for Qwen2. LongVU's
     further embeddings of token 0 behind the visual tokens are not made, and a text shorter than
     `blank_image_position` gets its image behind its last token instead of inside the padding.
@@ -148,6 +159,13 @@ class VideoSFTCollator:
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_token_id = getattr(processor, "video_token_id", None)
         self.image_token_id = getattr(processor, "image_token_id", None)
+        # Blocks of some models begin and end with tokens of their own.
+        self._visual_ids = {self.video_token_id, self.image_token_id}
+        for name in ("image_token_ids", "video_token_ids"):
+            self._visual_ids.update(getattr(processor, name, None) or ())
+        self._visual_ids.discard(None)
+        # A model that takes one number of frames of every video gets them stacked.
+        self._has_flat_videos = not getattr(processor, "has_fixed_num_frames", False)
         if blank_image_position is not None and (blank_image_position < 0 or self.image_token_id is None):
             raise ValueError(
                 f"blank_image_position={blank_image_position} must be a token index of 0 or more, and the processor "
@@ -165,8 +183,9 @@ class VideoSFTCollator:
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, S) and, when there are visuals, what the processor makes of
             them, one row after another: `pixel_values_videos` (sum F, 3, height, width) with `video_num_frames`
-            (num_videos,), `pixel_values` (total tiles, 3, height, width), and for some models further pixels, sizes
-            or grids.
+            (num_videos,), or (num_videos, F, 3, height, width) for a model with a fixed number of frames,
+            `pixel_values` (total tiles, 3, height, width), and for some models further pixels, sizes or grids; with
+            coordinates in the text `coordinate_values` (B, S).
 
         Raises:
             ValueError: A row without messages or answer, or one that `max_length` would cut wrongly; the text names
@@ -174,7 +193,7 @@ class VideoSFTCollator:
         """
         encoded = [self._encode_row(row, _describe_row(row, position)) for position, row in enumerate(rows)]
         batch = self._pad_sequences(encoded)
-        batch.update(_concatenate_visuals(encoded))
+        batch.update(_concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
         check_batch(batch, video_token_id=self.video_token_id, image_token_id=self.image_token_id)
         return batch
 
@@ -217,7 +236,7 @@ class VideoSFTCollator:
         """Put a black image into a row of text, in place."""
         black = np.zeros((_BLANK_SIDE, _BLANK_SIDE, 3), dtype=np.uint8)
         blank = self.processor(images=[black], text=[self.processor.image_token], return_tensors="pt")
-        visual_S = blank["input_ids"][0] == self.image_token_id
+        visual_S = self._visual_positions(blank["input_ids"][0])
         place = min(self.blank_image_position, output["input_ids"].shape[1])
         inserted = {"input_ids": blank["input_ids"][:, visual_S]}
         inserted["attention_mask"] = torch.ones_like(inserted["input_ids"])
@@ -278,9 +297,8 @@ class VideoSFTCollator:
 
     def _visual_positions(self, input_ids_S: torch.Tensor) -> torch.Tensor:
         visual_S = torch.zeros_like(input_ids_S, dtype=torch.bool)
-        for token_id in (self.video_token_id, self.image_token_id):
-            if token_id is not None:
-                visual_S |= input_ids_S == token_id
+        for token_id in self._visual_ids:
+            visual_S |= input_ids_S == token_id
         return visual_S
 
     def _truncate(self, output: dict[str, torch.Tensor], visual_S: torch.Tensor, where: str) -> None:
@@ -415,11 +433,14 @@ def _describe_row(row: Mapping[str, Any], position: int) -> str:
     return f"Row {position} of the batch" + (f" (id {name!r})" if name is not None else "")
 
 
-def _concatenate_visuals(encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Put the pixel tensors of the rows one after another; videos become flat frames with counts."""
+def _concatenate_visuals(
+    encoded: list[dict[str, torch.Tensor]], *, flat_videos: bool = True
+) -> dict[str, torch.Tensor]:
+    """Put the pixel tensors of the rows one after another; flat videos become frames with counts."""
     has_grids = any("image_grids" in row for row in encoded)
     for row in encoded:
-        _flatten_videos(row)
+        if flat_videos:
+            _flatten_videos(row)
         if has_grids and "pixel_values" in row and "image_grids" not in row:
             row["image_grids"] = torch.zeros(row["pixel_values"].shape[0], 2, dtype=torch.int64)
     batch = {}

@@ -8,11 +8,38 @@ from transformers import TrainingArguments
 
 # Public module names of every model here: first name on the way to a parameter that is listed decides its part.
 PART_MODULES: dict[str, tuple[str, ...]] = {
-    "language_model": ("language_model", "lm_head"),
-    "connector": ("multi_modal_projector", "vision_projectors", "vision_query", "vision_sampler", "image_newline"),
+    "language_model": ("language_model", "lm_head", "coordinates"),
+    "connector": (
+        "multi_modal_projector",
+        "vision_projectors",
+        "vision_query",
+        "vision_sampler",
+        "image_newline",
+        "packer",
+    ),
     "vision_tower": ("vision_tower", "dino_tower"),
 }
+# Modules inside a part that may learn without the rest of it.
+SUB_PARTS: dict[str, tuple[str, ...]] = {"packer": ("packer",), "embeddings": ("embed_tokens", "coordinates")}
 RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+def sub_part_of(parameter_name: str) -> str | None:
+    """Name the sub-part of the model that a parameter belongs to.
+
+    Args:
+        parameter_name: Dotted name as `named_parameters()` gives it, with or without wrappers' prefixes.
+
+    Returns:
+        "packer", "embeddings" (the input embedding of text and the coordinate tables beside it), or None.
+
+    Source: LLaVA-ST training code, whose groups match "vision_resampler", "embed_tokens" and the names of six tables.
+    """
+    components = parameter_name.split(".")
+    for name, modules in SUB_PARTS.items():
+        if not set(modules).isdisjoint(components):
+            return name
+    return None
 
 
 def part_of(parameter_name: str) -> str | None:
@@ -38,14 +65,18 @@ class VideoSFTConfig(TrainingArguments):
     """`TrainingArguments` with the settings of staged video finetuning.
 
     Args:
-        trainable_parts: Parts that learn, out of "vision_tower", "connector", "language_model" (with `lm_head`);
-            all other parameters are frozen. None leaves `requires_grad` as the model has it.
+        trainable_parts: Parts that learn, out of "vision_tower", "connector", "language_model" (with `lm_head`), or
+            of their sub-parts "packer" (of the connector) and "embeddings" (of the language model: the input
+            embedding, and coordinate tables); all other parameters are frozen. None leaves `requires_grad` as the
+            model has it.
         vision_tower_learning_rate: Peak learning rate of the vision towers; None takes `learning_rate`.
         connector_learning_rate: Peak learning rate of what joins towers and language model; None takes
             `learning_rate`.
+        embeddings_learning_rate: Peak learning rate of the sub-part "embeddings"; None takes `learning_rate`.
         max_length: Most tokens of a row, visual placeholders included (see `VideoSFTCollator`).
         mask: Which tokens are supervised, "assistant" or "all" (see `VideoSFTCollator`).
-        label_rule: None, or "videochat_flash" / "longvu" for the originals' labels (see `VideoSFTCollator`).
+        label_rule: None, or "videochat_flash" / "longvu" / "llava_st" for the originals' labels (see
+            `VideoSFTCollator`).
         blank_image_position: None, or where rows of text get a black image (see `VideoSFTCollator`).
         processor_kwargs: Given to the processor for every row, for example `{"min_frames": 64, "max_frames": 512}`.
 
@@ -59,7 +90,10 @@ class VideoSFTConfig(TrainingArguments):
     # The columns of a dataset are messages, never arguments of the model's forward.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: rows hold messages."})
     trainable_parts: list[str] | None = field(
-        default=None, metadata={"help": "Parts that learn: vision_tower, connector, language_model. Default: as is."}
+        default=None,
+        metadata={
+            "help": "Parts that learn: vision_tower, connector, language_model, packer, embeddings. Default: as is."
+        },
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision towers. Default: learning_rate."}
@@ -67,9 +101,12 @@ class VideoSFTConfig(TrainingArguments):
     connector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the connector. Default: learning_rate."}
     )
+    embeddings_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of embedding and coordinate tables. Default: learning_rate."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; None for no limit."})
     mask: str = field(default="assistant", metadata={"help": "Supervised tokens: assistant or all."})
-    label_rule: str | None = field(default=None, metadata={"help": "None, videochat_flash or longvu."})
+    label_rule: str | None = field(default=None, metadata={"help": "None, videochat_flash, longvu or llava_st."})
     blank_image_position: int | None = field(
         default=None, metadata={"help": "Token index at which rows of text get a black image. Default: none."}
     )
@@ -88,12 +125,10 @@ class VideoSFTConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} needs logits as long as the labels, but a "
                 "model may shorten the sequence and computes its own loss. Set it to 0."
             )
-        unknown = sorted(set(self.trainable_parts or ()) - set(PART_MODULES))
-        if unknown or self.trainable_parts == []:
-            raise ValueError(
-                f"trainable_parts={self.trainable_parts} must name one or more of {sorted(PART_MODULES)}, or be None."
-            )
-        for name in ("vision_tower_learning_rate", "connector_learning_rate"):
+        known = [*sorted(PART_MODULES), *sorted(SUB_PARTS)]
+        if self.trainable_parts == [] or not set(self.trainable_parts or ()) <= set(known):
+            raise ValueError(f"trainable_parts={self.trainable_parts} must name one or more of {known}, or be None.")
+        for name in ("vision_tower_learning_rate", "connector_learning_rate", "embeddings_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(
@@ -110,9 +145,17 @@ class VideoSFTConfig(TrainingArguments):
 
     @property
     def part_learning_rates(self) -> dict[str, float]:
-        """Peak learning rate of every part; parameters outside of the parts take that of the language model."""
+        """Peak learning rate of every part, and of "embeddings" where it has its own.
+
+        Parameters outside of the parts take that of the language model.
+        """
         chosen = {"connector": self.connector_learning_rate, "vision_tower": self.vision_tower_learning_rate}
-        return {part: self.learning_rate if chosen.get(part) is None else float(chosen[part]) for part in PART_MODULES}
+        rates = {
+            part: self.learning_rate if chosen.get(part) is None else float(chosen[part]) for part in PART_MODULES
+        }
+        if self.embeddings_learning_rate is not None:
+            rates["embeddings"] = float(self.embeddings_learning_rate)
+        return rates
 
     @classmethod
     def from_recipe(cls, recipe: str, stage: str | int, *, output_dir: str, **overrides: Any) -> "VideoSFTConfig":

@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import is_peft_available
 
 from longvideo.trainers.collators import VideoSFTCollator, check_batch
-from longvideo.trainers.sft_config import PART_MODULES, VideoSFTConfig, part_of
+from longvideo.trainers.sft_config import PART_MODULES, VideoSFTConfig, part_of, sub_part_of
 
 # Outputs without one entry per row, which evaluation could not gather; logits and the labels that fit them are left.
 _IGNORED_OUTPUTS = [
@@ -34,28 +34,27 @@ def set_trainable_parts(model: nn.Module, parts: list[str]) -> None:
     Args:
         model: A model whose parameters lie in modules named in `PART_MODULES`. A PEFT model keeps its own choice
             inside `parts`; only the rest is frozen.
-        parts: Names out of `PART_MODULES`.
+        parts: Names out of `PART_MODULES`, or out of `SUB_PARTS` for less than a part.
 
     Raises:
         ValueError: A part without parameters in this model, or a parameter that belongs to no part.
 
     Source: VideoChat-Flash training code, option `mm_tunable_parts`.
     """
-    named = {name: part_of(name) for name, _ in model.named_parameters()}
-    homeless = [name for name, part in named.items() if part is None]
+    named = {name: {part_of(name), sub_part_of(name)} - {None} for name, _ in model.named_parameters()}
+    homeless = [name for name, found in named.items() if found.isdisjoint(PART_MODULES)]
     if homeless:
         raise ValueError(
             f"trainable_parts={parts} cannot say whether {homeless[0]!r} learns: it lies in none of {PART_MODULES}. "
             "Set requires_grad yourself and leave trainable_parts=None."
         )
-    absent = sorted(set(parts) - set(named.values()))
+    present = set().union(*named.values())
+    absent = sorted(set(parts) - present)
     if absent:
-        raise ValueError(
-            f"{type(model).__name__} has no parameters in {absent}; its parts are {sorted(set(named.values()))}."
-        )
+        raise ValueError(f"{type(model).__name__} has no parameters in {absent}; its parts are {sorted(present)}.")
     keeps_choice = _is_peft_model(model)
     for name, parameter in model.named_parameters():
-        if named[name] not in parts:
+        if named[name].isdisjoint(parts):
             parameter.requires_grad_(False)
         elif not keeps_choice and parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -192,11 +191,14 @@ class VideoSFTTrainer(Trainer):
         return optimizer
 
     def _split_groups(self, groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-        part_by_parameter = {parameter: part_of(name) for name, parameter in model.named_parameters()}
         rates = self.args.part_learning_rates
+        part_by_parameter = {
+            parameter: sub if (sub := sub_part_of(name)) in rates else part_of(name)
+            for name, parameter in model.named_parameters()
+        }
         split = []
         # The language model comes first: the Trainer logs the rate of the first group.
-        for part in PART_MODULES:
+        for part in rates:
             for group in groups:
                 # A parameter outside of all parts (an own head, say) learns like the language model.
                 members = [p for p in group["params"] if (part_by_parameter.get(p) or "language_model") == part]

@@ -6,12 +6,17 @@ the last frame, so that frame k of n stands at k/(n-1) (LLaVA-ST's rule for fram
 """
 
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from longvideo.evaluation.corpus.scenes import Actor, Scene
+from longvideo.processing.llava_st.coordinate_text_llava_st import format_coordinate
 from longvideo.processing.llava_st.grounding_llava_st import Box, Span, Tube, format_box, format_span, format_tube
+from longvideo.processing.llava_st.tasks_llava_st import TASKS, task_question
+from longvideo.processing.shared.frame_sampling import spread_indices
 
 GROUNDING_TASKS: tuple[str, ...] = ("rec", "reg", "tvg", "tr", "stvg", "svg", "elc")
 IMAGE_TASKS: tuple[str, ...] = ("rec", "reg")
@@ -77,7 +82,7 @@ class Grounding:
 
 @lru_cache(maxsize=4096)
 def _frame_numbers(total: int, num_frames: int) -> tuple[int, ...]:
-    return tuple(round(place / max(num_frames - 1, 1) * (total - 1)) for place in range(num_frames))
+    return tuple(spread_indices(0, total - 1, num_frames).tolist())
 
 
 def end_to_end_times(scene: Scene, num_frames: int = NUM_FRAMES) -> list[float]:
@@ -95,8 +100,6 @@ def end_to_end_times(scene: Scene, num_frames: int = NUM_FRAMES) -> list[float]:
 
     Source: LLaVA-ST's inference scripts, `load_video`.
     """
-    if num_frames < 1:
-        raise ValueError(f"num_frames is {num_frames}, expected at least 1")
     return [number / scene.fps for number in _frame_numbers(scene.duration * scene.fps, num_frames)]
 
 
@@ -184,64 +187,46 @@ def _overlap(first: Span, second: Span) -> float:
 class _Writer:
     """Texts of one scene: questions and answers with coordinates."""
 
-    def __init__(self, scene: Scene, size: tuple[int, int]) -> None:
-        self.size, self.duration = size, seen_seconds(scene)
+    def __init__(self, scene: Scene, size: tuple[int, int], rng: random.Random) -> None:
+        self.size, self.duration, self.rng = size, seen_seconds(scene), rng
 
-    def span(self, span: Span, role: str = "output") -> str:
-        return format_span(span, duration=self.duration, role=role)
+    def ask(self, task: str, *, span: Span | None = None, box: Box | None = None, **needs: Any) -> str:
+        """One of the task's questions at random."""
+        pattern = self.rng.randrange(len(TASKS[task].patterns))
+        if span is not None:
+            needs["span_seconds"] = (span.start, span.end)
+        if box is not None:
+            needs["box"] = (box.x1, box.y1, box.x2, box.y2)
+        return task_question(task, **needs, duration=self.duration, size=self.size, pattern=pattern)
 
-    def time(self, time: float, role: str = "output") -> str:
-        return f"<TEMP-{role.upper()}{min(max(time / self.duration, 0.0), 1.0):.3f}>"
+    def span(self, span: Span) -> str:
+        return format_span(span, duration=self.duration)
 
-    def box(self, box: Box, role: str = "output") -> str:
-        return format_box(box, size=self.size, role=role)
+    def time(self, time: float) -> str:
+        return format_coordinate("TEMP", time / self.duration, way="OUTPUT")
+
+    def box(self, box: Box) -> str:
+        return format_box(box, size=self.size)
 
     def tube(self, tube: Tube) -> str:
         return format_tube(tube, size=self.size, duration=self.duration)
 
 
-_STVG = (
-    "At which time interval in the video can we see {event} occurring? Please describe the location of the "
-    "corresponding subject/object in this video.Please firstly give the timestamps, and then give the spatial "
-    "bounding box corresponding to each timestamp in the time period."
-)
-_SVG = (
-    "In the time range {span}, where is the {name}?Please give the spatial bounding box corresponding to each "
-    "timestamp in the time period."
-)
-_ELC = (
-    "Starts in {time}, what happened about the subject/object within the specified region {box}? Where is the "
-    "corresponding subject/object located?Please firstly give the end timestamp, then give the event associated with "
-    "the object/subject, finally give the spatial bounding box corresponding to each timestamp in the time period."
-)
-_TVG = (
-    "Give you a textual query: '{event}'. When does the described content occur in the video? Please return the start "
-    "and end timestamps."
-)
-_TR = (
-    "Describe what took place during the period {span} in the video.",
-    "What was going on within the time frame of {span} in the video?",
-)
-_REC = (
-    "Where can I find {name} in this image?",
-    "What part of this image contains {name}?",
-    "Where does {name} appear in this image?",
-    "Where is {name} situated within this image?",
-)
-_REG = (
-    "What object can be observed within the region {box} in the image?",
-    "What is the primary object within the region {box}?",
-)
+# As in the annotations of the ST-Align data set.
+_SPAN_ANSWER = "During the span of {span}."
+_TUBE_ANSWER = "Object bounding box: {tube}"
+_END_ANSWER = "Ends in {time}, {event}. Object bounding box: {tube}"
 
 
 def grounding_texts() -> list[str]:
     """Every wording that questions and answers use, without their names and coordinates, for training a tokenizer."""
-    answers = ["During the span of {}. Object bounding box: :[]", "Ends in , . Object bounding box: :[]"]
-    return [_STVG, _SVG, _ELC, _TVG, *_TR, *_REC, *_REG, *answers]
+    patterns = [pattern for task in GROUNDING_TASKS for pattern in TASKS[task].patterns]
+    return [re.sub(r"\{\w+\}", "", text) for text in (*patterns, _SPAN_ANSWER, _END_ANSWER)]
 
 
-def _picture_groundings(scene: Scene, rng: random.Random, writer: _Writer) -> list[Grounding]:
+def _picture_groundings(scene: Scene, writer: _Writer) -> list[Grounding]:
     """Questions about one frame at a random time that shows something."""
+    rng = writer.rng
     for _ in range(20):
         time = rng.random() * seen_seconds(scene)
         seen = [actor for actor in scene.actors if _shown(scene, actor, time)]
@@ -255,21 +240,20 @@ def _picture_groundings(scene: Scene, rng: random.Random, writer: _Writer) -> li
         name = rng.choice((f"the {colour} {actor.shape}", f"the {actor.shape}", f"the {colour} shape"))
         crowd = "alone" if len(seen) == 1 else "crowd"
         where = f"{crowd} {actor.shape}"
-        question = rng.choice(_REC).format(name=name)
+        question = writer.ask("rec", query=name)
         found.append(Grounding("rec", question, writer.box(box), where, time=time, box=box))
-        question = rng.choice(_REG).format(box=writer.box(box, "input"))
-        words = full_name(actor, time)
+        question, words = writer.ask("reg", box=box), full_name(actor, time)
         found.append(Grounding("reg", question, f"{words}.", where, time=time, caption=words, box=box))
     return found
 
 
-def _event_groundings(event: Event, events: list[Event], rng: random.Random, writer: _Writer) -> list[Grounding]:
+def _event_groundings(event: Event, events: list[Event], writer: _Writer) -> list[Grounding]:
     """Questions about the time of an event, and about what happens in that time."""
-    span, question = event.span, _TVG.format(event=event.caption)
-    found = [Grounding("tvg", question, f"During the span of {writer.span(span)}.", event.sort, span=span)]
+    span, words = event.span, event.caption
+    answer = _SPAN_ANSWER.format(span=writer.span(span))
+    found = [Grounding("tvg", writer.ask("tvg", query=words), answer, event.sort, span=span)]
     if all(other is event or _overlap(other.span, span) < ALIKE for other in events):
-        question = rng.choice(_TR).format(span=writer.span(span, "input"))
-        words = event.caption
+        question = writer.ask("tr", span=span)
         found.append(Grounding("tr", question, f"{words}.", event.sort, caption=words, span=span))
     return found
 
@@ -278,25 +262,22 @@ def _tube_groundings(
     event: Event, events: list[Event], tube: Tube, num_frames: int, writer: _Writer
 ) -> list[Grounding]:
     """Questions about a shape through time."""
-    span, boxes = event.span, writer.tube(tube)
-    answer = f"During the span of {writer.span(span)}. Object bounding box: {boxes}"
-    question = _STVG.format(event=event.caption)
+    span, words, boxes = event.span, event.caption, _TUBE_ANSWER.format(tube=writer.tube(tube))
+    question, answer = writer.ask("stvg", query=words), f"{_SPAN_ANSWER.format(span=writer.span(span))} {boxes}"
     found = [Grounding("stvg", question, answer, event.sort, span=span, tube=tube)]
     first, last = tube.times[0], tube.times[-1]
-    shown = Span(first, last)
-    name = f"{event.actor.shape}" if event.actor.change is not None else full_name(event.actor, first)
-    question = _SVG.format(span=writer.span(shown, "input"), name=name)
+    shown, actor = Span(first, last), event.actor
+    name = actor.shape if actor.change is not None else full_name(actor, first)
+    question = writer.ask("svg", query=f"the {name}", span=shown)
     found.append(Grounding("svg", question, boxes, event.sort, span=shown, tube=tube))
     # Two events of one shape that start together could both be meant.
     gap = 1.5 * writer.duration / max(num_frames - 1, 1)
-    rivals = [other for other in events if other.actor is event.actor and other is not event]
+    rivals = [other for other in events if other.actor is actor and other is not event]
     if all(abs(other.span.start - span.start) > gap for other in rivals):
         region = tube.boxes[0]
-        question = _ELC.format(time=writer.time(span.start, "input"), box=writer.box(region, "input"))
-        answer = f"Ends in {writer.time(span.end)}, {event.caption}. Object bounding box: {boxes}"
-        found.append(
-            Grounding("elc", question, answer, event.sort, caption=event.caption, span=span, box=region, tube=tube)
-        )
+        question = writer.ask("elc", time_seconds=span.start, box=region)
+        answer = _END_ANSWER.format(time=writer.time(span.end), event=words, tube=writer.tube(tube))
+        found.append(Grounding("elc", question, answer, event.sort, caption=words, span=span, box=region, tube=tube))
     return found
 
 
@@ -325,12 +306,13 @@ def make_groundings(
     unknown = sorted(set(wanted) - set(GROUNDING_TASKS))
     if unknown or not wanted:
         raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(GROUNDING_TASKS)}")
-    writer = _Writer(scene, size)
-    found = _picture_groundings(scene, random.Random(f"{scene.split} {scene.seed} picture"), writer)
-    rng = random.Random(f"{scene.split} {scene.seed} grounding")
+    # The frame is the same whatever else is asked.
+    picture_writer = _Writer(scene, size, random.Random(f"{scene.split} {scene.seed} picture"))
+    found = _picture_groundings(scene, picture_writer)
+    writer = _Writer(scene, size, random.Random(f"{scene.split} {scene.seed} grounding"))
     events, times = list_grounded_events(scene, num_frames), end_to_end_times(scene, num_frames)
     for event in events:
-        found += _event_groundings(event, events, rng, writer)
+        found += _event_groundings(event, events, writer)
         tube = _event_tube(scene, event, times, size)
         if len(tube.times) > 1:
             found += _tube_groundings(event, events, tube, num_frames, writer)

@@ -5,7 +5,8 @@ last], spatial_token: {name: [x, y, w, h] or {frame: [x, y, w, h]}}, time_token:
 "human", value}, {from: "gpt", value}]}`. The texts hold the names; reading puts coordinates in their place.
 
 Source: the ST-Align data set and inference/src/dataset of the repository appletea233/LLaVA-ST. `Differs:` the released
-code rewords "From <s> to <e>" at random; here it always becomes "During the span of {...}".
+code rewords "From <s> to <e>" at random; here it becomes "In the time range" in a question and "During the span of"
+in an answer.
 """
 
 import json
@@ -17,16 +18,17 @@ from typing import Any
 
 from longvideo.evaluation.corpus.grounding import NUM_FRAMES
 from longvideo.evaluation.corpus.grounding_rows import write_text
+from longvideo.processing.llava_st.coordinate_text_llava_st import format_coordinate
 from longvideo.processing.llava_st.grounding_llava_st import Box, Span, Tube, format_box, format_span, format_tube
+from longvideo.processing.llava_st.tasks_llava_st import PHRASES, box_fractions, span_fractions, write_box, write_span
 
 ST_ALIGN_TASKS: tuple[str, ...] = ("stvg", "svg", "elc")
 _COORDINATE = r"<TEMP-(?:INPUT|OUTPUT)[0-9.]+>"
-_SPAN = re.compile(r"(?:During the span of|In the time range) \{" + _COORDINATE * 2 + r"\}")
+_SPAN = re.compile(rf"(?:{'|'.join(PHRASES)}) \{{{_COORDINATE},?{_COORDINATE}\}}")
 _TIME = re.compile(r"(Starts in|Ends in) " + _COORDINATE)
 _REGION = re.compile(r"\[<WIDTH-INPUT[^\]]*\]")
 _TUBE = re.compile(_COORDINATE + r":\[.*\]$")
-_PHRASES = {"human": "In the time range", "gpt": "During the span of"}
-_ROLES = {"human": ("user", "input"), "gpt": ("assistant", "output")}
+_SPEAKERS = ("human", "gpt")
 
 
 def to_st_align(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,7 +79,12 @@ def _with_names(text: str) -> str:
 
 
 def from_st_align(
-    entry: Mapping[str, Any], task: str, *, num_frames: int = NUM_FRAMES, folder: str | os.PathLike[str] = "."
+    entry: Mapping[str, Any],
+    task: str,
+    *,
+    num_frames: int = NUM_FRAMES,
+    folder: str | os.PathLike[str] = ".",
+    benchmark_style: bool = False,
 ) -> dict[str, Any]:
     """Turns an entry into a row as `grounding_row` makes it.
 
@@ -86,6 +93,8 @@ def from_st_align(
         task: one of ST_ALIGN_TASKS.
         num_frames: frames that the model samples from the split; the tube is reduced to these.
         folder: folder that video paths are relative to.
+        benchmark_style: whether questions write spans and boxes as the release's benchmark scripts do; see
+            `task_question`.
 
     Returns:
         The row. Without a rate in the entry, as in the benchmark, one frame is taken for one second.
@@ -100,7 +109,7 @@ def from_st_align(
         meta, turns = entry["meta"], {turn["from"]: turn["value"] for turn in entry["conversations"]}
         size, (first, last) = (meta["width"], meta["height"]), meta["split"]
         names, moments = meta["spatial_token"], meta["time_token"]
-        texts = {who: turns[who].replace("<video>\n", "").replace("<video>", "") for who in _ROLES}
+        texts = {who: turns[who].replace("<video>\n", "").replace("<video>", "") for who in _SPEAKERS}
         path = os.path.join(folder, entry["video_path"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"this is no ST-Align entry, it lacks {error}: {str(entry)[:200]}") from error
@@ -110,7 +119,7 @@ def from_st_align(
     boxes = {name: _box(value) for name, value in names.items() if not isinstance(value, dict)}
     if not any(tube.times for tube in tubes.values()):
         raise ValueError(f"{path}: no box lies at one of the {num_frames} sampled frames of {[first, last]}")
-    clip = _Clip(size, (last - first) / fps)
+    clip = _Clip(size, (last - first) / fps, benchmark_style)
     times = {name: (frame - first) / fps for name, frame in moments.items()}
     written = {who: clip.fill(text, who, times, boxes, tubes) for who, text in texts.items()}
     region, tube = next(iter(boxes.values()), None), next(iter(tubes.values()))
@@ -149,31 +158,44 @@ def _read_tube(boxes: Mapping[str, Any], sampled: set[int], first: int, fps: flo
 class _Clip:
     """Puts coordinates in the place of names, for one video."""
 
-    def __init__(self, size: tuple[int, int], duration: float) -> None:
-        self.size, self.duration = size, duration
+    def __init__(self, size: tuple[int, int], duration: float, benchmark_style: bool) -> None:
+        self.size, self.duration, self.benchmark_style = size, duration, benchmark_style
 
     def fill(
         self, text: str, who: str, times: Mapping[str, float], boxes: Mapping[str, Box], tubes: Mapping[str, Tube]
     ) -> str:
-        role = _ROLES[who][1]
+        asks = who == "human"
         if "From <s> to <e>" in text:
-            span = format_span(Span(times["<s>"], times["<e>"]), duration=self.duration, role=role)
-            text = text.replace("From <s> to <e>", f"{_PHRASES[who]} {span}")
+            text = text.replace("From <s> to <e>", self._span(times["<s>"], times["<e>"], asks))
         for name, time in times.items():
-            # One of two equal coordinates between braces.
-            pair = format_span(Span(time, time), duration=self.duration, role=role)
-            text = text.replace(name, pair[1 : len(pair) // 2])
+            text = text.replace(
+                name, format_coordinate("TEMP", self._fraction(time), way="INPUT" if asks else "OUTPUT")
+            )
         for name, box in boxes.items():
-            text = text.replace(name, format_box(self._inside(box), size=self.size, role=role))
+            text = text.replace(name, self._box(box, asks))
         for name, tube in tubes.items():
             inside = Tube(tube.times, tuple(map(self._inside, tube.boxes)))
-            text = text.replace(name, format_tube(inside, size=self.size, duration=self.duration, role=role))
+            text = text.replace(name, format_tube(inside, size=self.size, duration=self.duration))
         left = re.search(r"<[a-z_]+\d*>", text)
         if left:
-            raise ValueError(
-                f"the text uses the name {left[0]}, which is in neither spatial_token nor time_token: {text!r}"
-            )
+            raise ValueError(f"the name {left[0]} is in neither spatial_token nor time_token: {text!r}")
         return text
+
+    def _fraction(self, time: float) -> float:
+        return min(max(time / self.duration, 0.0), 1.0) if self.duration else 0.0
+
+    def _span(self, start: float, end: float, asks: bool) -> str:
+        if not asks:
+            return f"During the span of {format_span(Span(start, end), duration=self.duration)}"
+        fractions = span_fractions((start, end), duration=self.duration)
+        return f"{PHRASES[0]} {write_span(fractions, benchmark_style=self.benchmark_style).strip()}"
+
+    def _box(self, box: Box, asks: bool) -> str:
+        inside = self._inside(box)
+        if not asks:
+            return format_box(inside, size=self.size)
+        edges = (inside.x1, inside.y1, inside.x2, inside.y2)
+        return write_box(box_fractions(edges, self.size), benchmark_style=self.benchmark_style).strip()
 
     def _inside(self, box: Box) -> Box:
         """Annotations may reach beyond the frame; coordinates cannot."""
@@ -208,6 +230,7 @@ def read_st_align(
     *,
     num_frames: int = NUM_FRAMES,
     video_folder: str | os.PathLike[str] | None = None,
+    benchmark_style: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Rows of an annotation file.
 
@@ -216,6 +239,7 @@ def read_st_align(
         task: one of ST_ALIGN_TASKS; None takes the name of the file.
         num_frames: frames that the model samples.
         video_folder: folder of the videos; None takes that of the file.
+        benchmark_style: see `from_st_align`.
 
     Returns:
         Rows as of `from_st_align`, one by one.
@@ -228,4 +252,4 @@ def read_st_align(
     task = path.stem if task is None else task
     folder = path.parent.resolve() if video_folder is None else Path(video_folder)
     for entry in json.loads(path.read_text(encoding="utf-8")):
-        yield from_st_align(entry, task, num_frames=num_frames, folder=folder)
+        yield from_st_align(entry, task, num_frames=num_frames, folder=folder, benchmark_style=benchmark_style)

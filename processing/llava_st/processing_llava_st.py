@@ -75,6 +75,9 @@ class LlavaSTProcessor(ProcessorMixin):
     Source: `preprocess_multimodal`, `preprocess_qwen` and the demo of appletea233/LLaVA-ST.
     """
 
+    # Every video has the model's number of frames: batches for training stack videos, (videos, F, ...).
+    has_fixed_num_frames = True
+
     def __init__(
         self,
         image_processor: Any = None,
@@ -153,8 +156,8 @@ class LlavaSTProcessor(ProcessorMixin):
 
         Returns:
             `input_ids`, `attention_mask`, `coordinate_values` (the value at every template token, 0 elsewhere),
-            `pixel_values_videos`, `pixel_values`; with `return_metadata` also `video_metadata` and `image_sizes`
-            (images, 2), (width, height) in pixels.
+            `pixel_values_videos`, `pixel_values`; with `return_metadata` also `video_metadata` and `image_sizes`, a
+            list of (width, height) in pixels.
 
         Raises:
             ValueError: Placeholders and items differ in number, a coordinate has no value or one outside of 0 to 1, a
@@ -164,8 +167,10 @@ class LlavaSTProcessor(ProcessorMixin):
         variables, clip = kwargs.pop("variables", None), kwargs.pop("clip_coordinates", None)
         values = self.read_values(text, variables, self.clip_coordinates if clip is None else clip)
         outputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
-        if not kwargs.get("return_metadata"):
-            outputs.pop("image_sizes", None)
+        sizes = outputs.pop("image_sizes", None)
+        if sizes is not None and kwargs.get("return_metadata"):
+            # No tensor, as the metadata of videos: the model takes neither.
+            outputs["image_sizes"] = [(int(width), int(height)) for width, height in sizes]
         if "input_ids" in outputs and values is not None:
             outputs["coordinate_values"] = self.place_values(outputs["input_ids"], values)
         return outputs
