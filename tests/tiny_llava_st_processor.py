@@ -52,6 +52,8 @@ def llava_st_suite() -> dict[str, Any]:
         "skip": {
             "test_video_processor_from_dict_with_kwargs": "a number as size is a square, as the tower needs; the "
             "suite takes it for the shortest edge",
+            "test_call_sample_frames": "the suite wants an error for more frames than there are; here they repeat, as "
+            "in the release (tests/llava_st/test_processing_llava_st.py has the rest of it)",
         },
         "overrides": {"video_sampling_expectations": property(lambda self: spread_expectations())},
     }

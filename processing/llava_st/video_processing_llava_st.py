@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -430,7 +430,7 @@ def splits_of_videos(split: Any, count: int) -> list[Sequence[int] | None]:
     """
     if split is None:
         return [None] * count
-    if len(split) == 2 and all(isinstance(entry, Integral) for entry in split):
+    if len(split) == 2 and all(isinstance(entry, Real) for entry in split):
         return [split] * count
     if len(split) != count:
         raise ValueError(f"split has {len(split)} entries for {count} videos; give one (first, last) pair per video.")
