@@ -28,6 +28,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dino-tower", metavar="DIR", help="LongVU: folder of the DINOv2 tower (default: SRC/towers/dinov2)"
     )
+    parser.add_argument(
+        "--coordinates",
+        choices=["folded", "split"],
+        help="LLaVA-ST: rows of coordinates in embedding and head, or in tables of their own (default: folded)",
+    )
+    parser.add_argument(
+        "--lora-stages",
+        metavar="DIR",
+        nargs="+",
+        help="LLaVA-ST: folders of later stages to merge into the stage-1 model SRC, in their order",
+    )
     parser.add_argument("--reverse", action="store_true", help="write a converted folder back in the original layout")
     parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists, at the end")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest weight file in GB (default: 5)")
@@ -61,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
         "progress": not args.quiet,
     }
     parts = {"vision_tower": args.vision_tower, "dino_tower": args.dino_tower}
+    options = {"coordinates": args.coordinates, "lora_stages": tuple(args.lora_stages or ())}
     if args.reverse:
+        if any(options.values()):
+            raise ValueError("--coordinates and --lora-stages have no meaning with --reverse: there is one original.")
         if any(parts.values()):
             raise ValueError("--vision-tower and --dino-tower have no meaning with --reverse: SRC holds the towers.")
         if args.model_type != "auto":
@@ -73,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
             args.destination,
             model_type=args.model_type,
             parts=parts,
+            options=options,
             decorate=None if args.no_card else partial(write_card, name=Path(args.destination).name),
             **common,
         )
