@@ -122,7 +122,7 @@ def original_results(text: str, task: str) -> Any:
     events = []
     for piece in text.split("{"):
         span = original_span("{" + piece)
-        if "}" in piece and span != [0, 0]:
+        if span != [0, 0]:
             sentence = ("{" + piece).split(",")[-1].split(".")[0]
             events.append({"timestamp": span, "sentence": sentence})
     return events

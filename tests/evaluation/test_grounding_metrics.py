@@ -207,9 +207,16 @@ def test_records_of_tubes() -> None:
     assert "m_tiou" not in score_records([good], "svg", mode="strict")
     assert original_table(score_records([good], "svg"), "svg")["mtiou"] == 0
     # The end alone: a failure for the scripts, an answer to the question that named the start.
-    ends = {**good, "outputs": f"Ends in <TEMP-014>, it rolls. {tube}", "converted_outputs": "Ends in 0.14141,, it"}
+    late = f"<TEMP-012>:{BOX}"
+    ends = {**good, "outputs": f"Ends in <TEMP-014>, it rolls. {late}", "converted_outputs": "Ends in 0.14141,, it"}
     assert score_records([ends], "elc", captions=False)["m_tiou"] == 0
     assert score_records([ends], "elc", mode="strict", captions=False)["m_tiou"] == pytest.approx(1, abs=EXACT)
+
+
+def test_the_scripts_round_halves_to_even_frames_of_the_video() -> None:
+    # Frame 1 + 0.5: the sum rounds to 2, while 1 + round(0.5) would be 1.
+    row = {**ST, "split": [1, 2], "gt": {"svg": {"2": [0, 0, 50, 50]}}, "outputs": f"<TEMP-001>:{BOX}"}
+    assert score_records([{**row, "converted_outputs": ""}], "svg", num_frames=3)["m_siou"] == 1
 
 
 def test_what_ends_the_scripts_is_named() -> None:
