@@ -313,7 +313,7 @@ def cut_checkpoint(
         for join in joins
     )
     embedding = next((name for name in stored.infos if name.endswith("embed_tokens.weight")), "")
-    tied = {"lm_head.weight": embedding} if config.get_text_config().tie_word_embeddings else {}
+    tied = {"lm_head.weight": embedding} if config.tie_word_embeddings else {}
     return CutCheckpoint(stored, native, tied)
 
 

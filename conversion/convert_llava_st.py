@@ -66,7 +66,7 @@ KEYS: dict[str, str | None] = {
         for side in ("input", "output")
     },
 }
-COORDINATE_LAYOUTS = ("folded", "split")
+COORDINATE_LAYOUTS = ("folded", "split", "none")
 END_OF_TURN = "<|im_end|>"
 
 
@@ -124,7 +124,7 @@ class LlavaSTConversion(ArchitectureConversion):
         layout = options["coordinates"]
         if layout not in COORDINATE_LAYOUTS:
             raise ValueError(f"--coordinates is {layout!r}; expected one of {', '.join(COORDINATE_LAYOUTS)}.")
-        read = {**read_sizes(config, infos), "coordinates": layout}
+        read = read_sizes(config, infos, coordinates=layout)
         if options["lora_stages"]:
             # The config of stage 1 knows neither the rows that later stages added nor the tables.
             sizes = {"num_temporal_tokens": read["num_temporal"], "num_spatial_tokens": read["num_spatial"]}
@@ -154,7 +154,8 @@ class LlavaSTConversion(ArchitectureConversion):
         Returns:
             The choices.
         """
-        return {"coordinates": config.coordinate_layout, "lora_stages": ()}
+        layout = config.coordinate_layout if config.num_coordinate_tokens else "none"
+        return {"coordinates": layout, "lora_stages": ()}
 
     def joins(self, config: "PreTrainedConfig") -> tuple[Join, ...]:
         """Return embedding and head with their coordinate tables, for the folded layout.
@@ -311,7 +312,7 @@ def checked_tokens(tokenizer: "PreTrainedTokenizerBase", read: Mapping[str, Any]
         fields = coordinate_token_fields(tokenizer, read["num_temporal"], read["num_spatial"])
     except ValueError as error:
         raise ValueError(f"the tokenizer of the source does not fit the coordinate tables: {error}") from error
-    if fields["coordinate_token_start"] != read["num_rows"]:
+    if fields.get("coordinate_token_start", read["num_rows"]) != read["num_rows"]:
         raise ValueError(
             f"<TEMP-000> has the id {fields['coordinate_token_start']} in the tokenizer, but the embedding has "
             f"{read['num_rows']} rows; the original needs both to be equal. Take the tokenizer files that came with "

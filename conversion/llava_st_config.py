@@ -88,23 +88,27 @@ def check_llava_st_config(config: dict[str, Any]) -> None:
         )
 
 
-def read_sizes(config: dict[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def read_sizes(config: dict[str, Any], infos: Mapping[str, TensorInfo], *, coordinates: str) -> dict[str, Any]:
     """Return the sizes that tensors have.
 
     Args:
         config: The original config.json.
         infos: Headers of all tensors under original names.
+        coordinates: The layout that was asked for; "none" for a model of stage 1.
 
     Returns:
-        `tower`, `packer`, `num_temporal`, `num_spatial` and `num_rows` (of the embedding); what has no tensor is left
-        out, so that it is reported as missing later.
+        `coordinates`, `tower`, `packer`, `num_temporal`, `num_spatial` and `num_rows` (of the embedding); what has no
+        tensor is left out, so that it is reported as missing later.
 
     Raises:
         ValueError: if the coordinate tables are missing, empty or do not fit each other.
     """
     shapes = {name: info.shape for name, info in infos.items()}
-    num_temporal, num_spatial = table_sizes(config, shapes)
+    num_temporal, num_spatial = (0, 0) if coordinates == "none" else table_sizes(config, shapes)
+    if coordinates == "none" and any(name in shapes for name in TABLES):
+        raise ValueError("--coordinates none is for models of stage 1, but these files hold coordinate tables.")
     return {
+        "coordinates": coordinates,
         "num_temporal": num_temporal,
         "num_spatial": num_spatial,
         "num_rows": shapes[EMBEDDING][0] if EMBEDDING in shapes else config["vocab_size"],
@@ -123,7 +127,7 @@ def table_sizes(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
             "the files hold no coordinate tables (model.temporal_input_embeddings.weight and five more). "
             + (
                 "This is LLaVA-ST after stage 1, before coordinates are learned: give the folders of the later stages "
-                "with --lora-stages."
+                "with --lora-stages, or --coordinates none for a model without coordinates."
                 if packed
                 else "This is no LLaVA-ST; expected the merged model, or the folder of stage 1 with --lora-stages."
             )
@@ -247,8 +251,11 @@ def token_fields(config: dict[str, Any], num_temporal: int, num_spatial: int) ->
     """
     from longvideo.processing.llava_st.tokenizer_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS
 
-    names = [*VISUAL_TOKENS, *TEMPLATE_TOKENS]
     start = config["vocab_size"]
+    if not num_temporal:
+        ids = {name: start - len(VISUAL_TOKENS) + i for i, name in enumerate(VISUAL_TOKENS)}
+        return {**ids, "num_temporal_tokens": 0, "num_spatial_tokens": 0}
+    names = [*VISUAL_TOKENS, *TEMPLATE_TOKENS]
     return {
         **{name: start - len(names) + i for i, name in enumerate(names)},
         "coordinate_token_start": start,
@@ -272,7 +279,8 @@ def native_fields(config: dict[str, Any]) -> dict[str, Any]:
     num_temporal, num_spatial = (read.get(name, PUBLISHED_COORDINATES) for name in ("num_temporal", "num_spatial"))
     tokens = read.get("tokens") or token_fields(config, num_temporal, num_spatial)
     layout = read.get("coordinates", "folded")
-    rows = tokens["coordinate_token_start"] + (num_temporal + 2 * num_spatial if layout == "folded" else 0)
+    rows = tokens.get("coordinate_token_start", config["vocab_size"])
+    rows += num_temporal + 2 * num_spatial if layout == "folded" else 0
     text = {name: config[name] for name in QWEN2_FIELDS if config.get(name) is not None}
     theta = config.get("rope_theta")
     return {
@@ -285,9 +293,9 @@ def native_fields(config: dict[str, Any]) -> dict[str, Any]:
         },
         "vision_config": tower,
         **tokens,
-        "coordinate_layout": layout,
+        "coordinate_layout": "split" if layout == "split" else "folded",
         # Every frame takes one entry of the table of times.
-        "num_frames": num_temporal,
+        "num_frames": num_temporal or config.get("max_frame") or PUBLISHED_COORDINATES,
         "packer_hidden_size": packer["hidden_size"],
         "packer_num_heads": packer["num_heads"],
         "spatial_factor": packer["spatial_factor"],
@@ -316,12 +324,12 @@ def original_fields(config: "PreTrainedConfig") -> dict[str, Any]:
         ValueError: if the model has parts that no original has.
     """
     text = config.text_config.to_dict()
-    if text.get("model_type") != "qwen2" or not config.num_coordinate_tokens or not config.use_packer:
+    if text.get("model_type") != "qwen2" or not config.use_packer:
         raise ValueError(
-            f"a LLaVA-ST with a decoder of type {text.get('model_type')!r}, {config.num_coordinate_tokens} "
-            f"coordinates and use_packer {config.use_packer} has no original layout; expected qwen2, coordinates and "
-            "packers."
+            f"a LLaVA-ST with a decoder of type {text.get('model_type')!r} and use_packer {config.use_packer} has no "
+            "original layout; expected qwen2 and packers."
         )
+    coordinates = {"num_spatial_tokens": config.num_spatial_tokens, "num_temporal_tokens": config.num_temporal_tokens}
     tower = {name: getattr(config.vision_config, name) for name in PUBLISHED_TOWER}
     packer = {
         "hidden_size": config.packer_hidden_size,
@@ -334,7 +342,7 @@ def original_fields(config: "PreTrainedConfig") -> dict[str, Any]:
         "architectures": ["LlavaQwenForCausalLM"],
         "model_type": "llava_qwen",
         **{name: text[name] for name in QWEN2_FIELDS if name in text},
-        "vocab_size": config.coordinate_token_start,
+        "vocab_size": config.coordinate_token_start if config.num_coordinate_tokens else text["vocab_size"],
         "tie_word_embeddings": False,
         "rope_theta": (text.get("rope_parameters") or {}).get("rope_theta", 1e6),
         "rope_scaling": None,
@@ -358,9 +366,8 @@ def original_fields(config: "PreTrainedConfig") -> dict[str, Any]:
         "image_grid_pinpoints": None,
         "use_downsample_image": config.use_downsample_image,
         "max_frame": config.num_frames,
-        "num_spatial_tokens": config.num_spatial_tokens,
-        "num_temporal_tokens": config.num_temporal_tokens,
         "tokenizer_padding_side": "right",
+        **(coordinates if config.num_coordinate_tokens else {}),
         **({} if tower == PUBLISHED_TOWER else {TOWER_OVERRIDES: tower}),
         **({} if packer == PUBLISHED_PACKER else {PACKER_OVERRIDES: packer}),
     }

@@ -30,8 +30,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--coordinates",
-        choices=["folded", "split"],
-        help="LLaVA-ST: rows of coordinates in embedding and head, or in tables of their own (default: folded)",
+        choices=["folded", "split", "none"],
+        help="LLaVA-ST: rows of coordinates in embedding and head, in tables of their own, or none in a model of "
+        "stage 1 (default: folded)",
     )
     parser.add_argument(
         "--lora-stages",
