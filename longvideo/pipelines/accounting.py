@@ -55,20 +55,38 @@ def count_frames(inputs: dict[str, Any]) -> int:
     return int(pixels.shape[0] * pixels.shape[1]) if pixels.ndim == 5 else int(pixels.shape[0])
 
 
+def visual_ids(config: Any, kind: str) -> list[int]:
+    """Return the ids whose positions hold features of a kind of visual.
+
+    Args:
+        config: configuration of the whole model.
+        kind: "video" or "image".
+
+    Returns:
+        Ids of the placeholder, and of the ends of a visual's blocks where features take their places as well.
+    """
+    names = [f"{kind}_token_id"] + [
+        f"{block}{kind}_{end}_token_id" for block in ("", "slow_") for end in ("start", "end")
+    ]
+    found = (getattr(config, name, None) for name in names)
+    return [token for token in found if token is not None]
+
+
 def count_prompt(inputs: dict[str, Any], config: Any) -> dict[str, int]:
     """Count the prompt's tokens by kind.
 
     Args:
         inputs: processor output for one sample, `input_ids` (1, S).
-        config: configuration with `video_token_id` and `image_token_id`.
+        config: configuration, see `visual_ids`.
 
     Returns:
         `frames`, `video_tokens`, `image_tokens`, `text_tokens`, `prompt_tokens`.
     """
     ids = inputs["input_ids"]
-    video_id, image_id = getattr(config, "video_token_id", None), getattr(config, "image_token_id", None)
-    video = 0 if video_id is None else int((ids == video_id).sum())
-    image = 0 if image_id is None else int((ids == image_id).sum())
+    video, image = (
+        int(torch.isin(ids, torch.tensor(visual_ids(config, kind), device=ids.device)).sum())
+        for kind in ("video", "image")
+    )
     return {
         "frames": count_frames(inputs),
         "video_tokens": video,
@@ -112,6 +130,8 @@ def check_budget(inputs: dict[str, Any], config: Any, max_new_tokens: int) -> No
 def _budget_remedy(counts: dict[str, int], config: Any, limit: int, max_new_tokens: int) -> str:
     if counts["frames"] == 0 or counts["video_tokens"] == 0:
         return "Shorten the text, use fewer pictures or lower max_new_tokens."
+    if getattr(config, "num_frames", None) is not None:
+        return "The number of frames is fixed: shorten the text or lower max_new_tokens."
     per_frame = counts["video_tokens"] / counts["frames"]
     clip = getattr(config, "mm_local_num_frames", 1)
     room = limit - max_new_tokens - counts["text_tokens"] - counts["image_tokens"]
@@ -196,8 +216,8 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
     """Watch the model's forward passes made by this thread inside the block.
 
     Args:
-        model: a conditional generation model with the usual names inside: towers end in `_tower`, the last module
-            before the decoder is `multi_modal_projector`.
+        model: a conditional generation model with the usual names inside: towers end in `_tower`, the last modules
+            before the decoder are `multi_modal_projector` or the children of a `packer` behind it.
 
     Yields:
         The trace, complete when the block is left.
@@ -232,7 +252,7 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
     for name, module in modules.items():
         if name.endswith("_tower"):
             handles.append(module.register_forward_pre_hook(tower_starts))
-        elif name.split(".")[-1] == "multi_modal_projector":
+        elif name.split(".")[-1] == "multi_modal_projector" or name.split(".")[-2:-1] == ["packer"]:
             handles.append(module.register_forward_hook(projector_ends))
     trace.start = _now(device)
     try:

@@ -189,19 +189,38 @@ def row_to_messages(row: Mapping[str, Any], *, start: float | None, end: float |
     """
     if "messages" in row:
         return list(row["messages"])
+    _, block = row_to_block(row, start=start, end=end)
+    check_question(row.get("question"))
+    return [{"role": "user", "content": [block, {"type": "text", "text": row["question"]}]}]
+
+
+def row_to_block(row: Mapping[str, Any], *, start: float | None, end: float | None) -> tuple[str, dict[str, Any]]:
+    """Write the visual of a row as a content block.
+
+    Args:
+        row: with `video` or `image`.
+        start: seconds; the video is cut there.
+        end: seconds; the video ends there.
+
+    Returns:
+        Its kind, "video" or "image", and the block.
+
+    Raises:
+        ValueError: no visual or both.
+        OSError: a named file cannot be opened.
+    """
     kinds = [kind for kind in ("video", "image") if row.get(kind) is not None]
     if len(kinds) != 1:
         raise ValueError(
             f"A row needs exactly one of the keys 'video', 'image', 'messages'; got {sorted(map(str, row))}."
         )
     kind = kinds[0]
-    check_question(row.get("question"))
     check_source(row[kind], kind)
     source = str(row[kind]) if isinstance(row[kind], os.PathLike) else row[kind]
     block: dict[str, Any] = {"type": kind, kind: source}
     if kind == "video":
         block.update({key: value for key, value in (("video_start", start), ("video_end", end)) if value is not None})
-    return [{"role": "user", "content": [block, {"type": "text", "text": row["question"]}]}]
+    return kind, block
 
 
 def check_question(question: Any) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TextIteratorStreamer
 
+from longvideo.pipelines.grounding import AnswerStreamer
+
 
 class AnswerStream:
     """Iterator over the text pieces of one answer; generation runs in a thread of its own.
@@ -13,10 +15,16 @@ class AnswerStream:
     Args:
         run: called with the streamer in the thread; returns the pipeline's result.
         tokenizer: decodes the pieces.
+        hidden: tokens that are no part of an answer; None leaves all special tokens out.
     """
 
-    def __init__(self, run: Callable[[TextIteratorStreamer], dict[str, Any]], tokenizer: Any) -> None:
-        self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(
+        self,
+        run: Callable[[TextIteratorStreamer], dict[str, Any]],
+        tokenizer: Any,
+        hidden: frozenset[int] | None = None,
+    ) -> None:
+        self._streamer = AnswerStreamer(tokenizer, hidden)
         self._run = run
         self._result: dict[str, Any] | None = None
         self._error: BaseException | None = None

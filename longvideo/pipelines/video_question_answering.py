@@ -14,13 +14,21 @@ import torch
 from transformers import GenerationConfig, Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from longvideo.pipelines import accounting, encoding, inputs
+from longvideo.pipelines import accounting, encoding, grounding, inputs
 from longvideo.pipelines.streaming import AnswerStream
 
 DEFAULT_MAX_NEW_TOKENS = 256
 SAMPLING_KEYS = ("num_frames", "fps", "min_frames", "max_frames")
 GENERATION_KEYS = frozenset(key for key in vars(GenerationConfig()) if not key.startswith("_"))
-PREPROCESS_KEYS = (*SAMPLING_KEYS, "start", "end", "processor_kwargs", "continue_final_message", "video_metadata")
+PREPROCESS_KEYS = (
+    *SAMPLING_KEYS,
+    *grounding.TASK_KEYS,
+    "start",
+    "end",
+    "processor_kwargs",
+    "continue_final_message",
+    "video_metadata",
+)
 POSTPROCESS_KEYS = (
     "return_full_text",
     "return_timings",
@@ -111,14 +119,17 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             stream: return an iterator over pieces of text (its `.result` is the dict); one sample only.
             **kwargs: `max_new_tokens`, `generate_kwargs` and single settings of `generate`, `streamer`;
                 `num_frames`, `fps` (frames per second), `min_frames`, `max_frames`; `start`, `end` (seconds);
+                for models that answer with times and places `grounding_task` ("tvg", "stvg", ...: the question is
+                what is looked for), `span` ((start, end) or a start, seconds of the source), `box` (left, top, right,
+                bottom, pixels of the source), `pattern` (wording), each also as a key of a row;
                 `visual_dropout` (False, True or a dict); `processor_kwargs`; `return_timings`, `return_token_counts`,
                 `return_video_metadata`, `return_kept_tokens`, `return_full_text` (chat only).
 
         Returns:
-            A dict with `answer` and `generated_text` (for a chat the messages with the new turn), and on request
-            `timings` (seconds), `token_counts`, `video_metadata` (source fps, duration and the sampled frames' indices
-            and times), `kept_tokens`; a list of dicts for a list, an iterator for a
-            generator or dataset.
+            A dict with `answer` and `generated_text` (for a chat the messages with the new turn), with `grounding`
+            (spans in seconds, boxes in pixels of the first video or picture) where the processor reads it, and on
+            request `timings` (seconds), `token_counts`, `video_metadata` (source fps, duration and the sampled frames'
+            indices and times), `kept_tokens`; a list of dicts for a list, an iterator for a generator or dataset.
 
         Raises:
             ValueError: the question is empty, the prompt does not fit the model, or arguments contradict each other.
@@ -145,7 +156,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             outputs = self.forward(model_inputs, **params)
             return self.postprocess(outputs, **{**self._postprocess_params, **postprocess})
 
-        return AnswerStream(run, self.processor.tokenizer)
+        return AnswerStream(run, self.processor.tokenizer, self._hidden_ids())
 
     def preprocess(
         self,
@@ -163,7 +174,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         if not isinstance(row, (Mapping, Chat)):
             raise ValueError(f"A {type(row).__name__} came without a question: pass question=..., or dicts with both.")
         is_chat = isinstance(row, Chat) or "messages" in row
-        messages = row.messages if isinstance(row, Chat) else inputs.row_to_messages(row, start=start, end=end)
+        task = {name: sampling.pop(name, None) for name in grounding.TASK_KEYS}
+        messages, source = self._messages(row, task, start=start, end=end)
         if not messages:
             raise ValueError("An empty list of chat messages was given.")
         inputs.check_messages(messages)
@@ -171,7 +183,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             continue_final_message = messages[-1]["role"] == "assistant"
         options = {"return_tensors": "pt", **sampling, **(processor_kwargs or {})}
         options.update(encoding.window_options(self.processor, messages))
-        if inputs.has_video(messages):
+        if inputs.has_video(messages) or grounding.answers_with_places(self.processor):
             options["return_metadata"] = True
         if not isinstance(row, Chat) and row.get("video_metadata") is not None:
             video_metadata = row["video_metadata"]
@@ -185,18 +197,44 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             return_dict=True,
             processor_kwargs=options,
         )
-        tensors = {key: self._cast(value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+        if grounding.answers_with_places(self.processor):
+            source = grounding.describe_source(encoded, *source)
+            encoded.pop("image_sizes", None)
+        tensors = {key: self._cast(key, value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
         about = {
             "decode": time.perf_counter() - begin,
             "messages": messages if is_chat else None,
             "videos": [inputs.describe_video(facts) for facts in encoded.get("video_metadata") or ()],
             "windows": next(iter(encoded.get("video_windows") or ()), None),
             "shared": None if isinstance(row, Chat) else row.get("shared"),
+            "source": source,
         }
         return {"tensors": tensors, "about": about}
 
-    def _cast(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self.dtype) if value.is_floating_point() and self.dtype is not None else value
+    def _messages(
+        self, row: Any, task: dict[str, Any], *, start: float | None, end: float | None
+    ) -> tuple[list[dict[str, Any]], tuple[str | None, float | None]]:
+        """Return a sample as messages; with them its task and the second at which the event asked for begins."""
+        own = {} if isinstance(row, Chat) else {name: row[name] for name in task if row.get(name) is not None}
+        task = {**task, **own}
+        grounding.check_task(self.processor, task)
+        name = task["grounding_task"]
+        if name is None:
+            messages = row.messages if isinstance(row, Chat) else inputs.row_to_messages(row, start=start, end=end)
+            return messages, (None, None)
+        if isinstance(row, Chat) or "messages" in row:
+            raise ValueError("grounding_task= writes the question itself; give video= or image= in place of a chat.")
+        kind, block = inputs.row_to_block(row, start=start, end=end)
+        given = {**task, "video_metadata": row.get("video_metadata")}
+        messages, begin = grounding.task_messages(self.processor, kind, block, row.get("question"), given)
+        return messages, (name, begin)
+
+    def _hidden_ids(self) -> frozenset[int] | None:
+        return grounding.hidden_ids(self.processor, self.model.generation_config)
+
+    def _cast(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        # Pixels only: coordinates in a question are numbers that half precision would move.
+        return value.to(self.dtype) if name.startswith("pixel_values") and self.dtype is not None else value
 
     def _generate_settings(self, generate_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         """Merge settings: this call, the pipeline's own, the checkpoint's, then greedy and 256 tokens."""
@@ -297,6 +335,11 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         encoded, config = video.encoded, self.model.config
         if encoded is None:
             raise ValueError("return_kept_tokens needs a video in the prompt; this sample has none.")
+        if not trace.selections and not hasattr(encoded, "merge_groups"):
+            raise ValueError(
+                f"A {config.model_type} model keeps as many tokens of every video, at the same places; there are no "
+                "kept tokens to return."
+            )
         frames = video.thumbs
         if frames is None:
             pixels = tensors["pixel_values_videos"]
@@ -336,8 +379,10 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         return_kept_tokens: bool = False,
     ) -> dict[str, Any]:
         """Decode the answer and keep what was asked for."""
-        answer = self.processor.decode(outputs["answer_ids"], skip_special_tokens=True).strip()
+        answer = grounding.decode_answer(self.processor, outputs["answer_ids"], self._hidden_ids())
         result: dict[str, Any] = {"answer": answer, "generated_text": answer}
+        if grounding.answers_with_places(self.processor):
+            result["grounding"] = grounding.read_answer(self.processor, answer, outputs["about"]["source"])
         messages = outputs["about"]["messages"]
         if messages is not None and return_full_text:
             result["generated_text"] = _append_turn(messages, answer)

@@ -1,0 +1,217 @@
+"""`pipeline("video-question-answering")` with LLaVA-ST: tasks, typed answers, coordinates in text, counts."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import longvideo  # noqa: F401  registers the task
+from longvideo.pipelines import VideoQuestionAnsweringPipeline
+from longvideo.processing.llava_st.grounding_llava_st import Box, Span
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_llava_st import tiny_llava_st_model
+from tests.tiny_llava_st_processor import tiny_llava_st_processor
+from tests.videos import make_video
+
+QUESTION = "What happens?"
+NEW = {"max_new_tokens": 4}
+WIDTH, HEIGHT, SECONDS = 64, 48, 6.0  # 48 frames at 8 per second
+TUBE = "{<TEMP-001><TEMP-003>} <TEMP-001>:[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>]"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_llava_st_model().save_pretrained(folder)
+    tiny_llava_st_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "clip.mp4"
+    return str(make_video(path, num_frames=48, fps=8, size=(WIDTH, HEIGHT)))
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return pipeline("video-question-answering", model=str(checkpoint), device="cpu")
+
+
+@pytest.fixture
+def say(pipe, monkeypatch):
+    """Lets the model answer with given texts, the end mark included, and notes what it was given."""
+
+    def call(*texts):
+        given, left = [], list(texts)
+
+        def generate(self, streamer=None, **kwargs):
+            given.append(kwargs)
+            tokenizer = pipe.processor.tokenizer
+            tokens = tokenizer.encode(left.pop(0), add_special_tokens=False)
+            answer = torch.tensor([[*tokens, tokenizer.eos_token_id]])
+            if streamer is not None:
+                streamer.put(kwargs["input_ids"])
+                for token in answer[0]:
+                    streamer.put(token[None])
+                streamer.end()
+            return torch.cat([kwargs["input_ids"], answer], dim=1)
+
+        monkeypatch.setattr(type(pipe.model), "generate", generate)
+        return given
+
+    return call
+
+
+def test_answers_are_those_of_the_model(pipe, checkpoint, video):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    blocks = [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": blocks}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    result = pipe(video, QUESTION, max_new_tokens=8, return_token_counts=True)
+    assert result["answer"] == processor.decode(ids, skip_special_tokens=False).replace("<eos>", "").strip()
+    assert result["grounding"].text == result["answer"]
+    counts = result["token_counts"]
+    # 6 frames of 4 x 4 patches; 6 fast and 8 slow positions, ends of the blocks included.
+    assert (counts["frames"], counts["patch_tokens"], counts["visual_tokens"]) == (6, 96, 14)
+    assert counts["text_tokens"] == inputs["input_ids"].shape[1] - 14 and counts["selections"] == []
+
+
+def test_times_and_boxes_are_those_of_the_source(pipe, video, say):
+    say(TUBE, TUBE)
+    result = pipe(video, QUESTION, grounding_task="stvg")
+    assert result["answer"] == TUBE and "<TEMP-001>" in result["generated_text"]
+    found = result["grounding"]
+    # Six times: steps of a fifth; five places: steps of a quarter.
+    assert found.spans == (Span(pytest.approx(1 / 5 * SECONDS), pytest.approx(3 / 5 * SECONDS)),)
+    assert found.tubes[0].boxes == (Box(0.0, pytest.approx(HEIGHT / 4), pytest.approx(WIDTH / 2), HEIGHT),)
+    assert found.tubes[0].times == pytest.approx((SECONDS / 5,)) and not found.malformed
+    cut = pipe(video, QUESTION, start=2.0, end=5.0)["grounding"]
+    assert (cut.spans[0].start, cut.spans[0].end) == pytest.approx((2 + 3 / 5, 2 + 9 / 5), abs=1e-6)
+
+
+def test_boxes_of_pictures(pipe, say):
+    say("[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>] {<TEMP-000><TEMP-001>}", "a cup")
+    picture = Image.new("RGB", (200, 100))
+    found = pipe(image=picture, question="the cup", grounding_task="rec")["grounding"]
+    assert found.boxes == (Box(0.0, 25.0, 100.0, 100.0),)
+    assert [part.text for part in found.malformed] == ["{<TEMP-000><TEMP-001>}"], "a picture has no times"
+    result = pipe(image=picture, grounding_task="reg", box=(0, 0, 50, 50))
+    assert result["answer"] == "a cup" and result["grounding"].captions[0].text == "a cup"
+
+
+def prompt_of(pipe, row, **kwargs):
+    tensors = pipe.preprocess(row, **kwargs)["tensors"]
+    values = tensors["coordinate_values"][0]
+    text = pipe.processor.tokenizer.decode(tensors["input_ids"][0], skip_special_tokens=False)
+    return text, values[values != 0].tolist(), tensors
+
+
+def test_seconds_and_pixels_of_a_question_become_coordinates(pipe, video):
+    row = {"video": video, "question": "the dog"}
+    text, values, _ = prompt_of(pipe, row, grounding_task="svg", span=(1.5, 4.5))
+    assert "the dog" in text and "{<TEMP-INPUT>,<TEMP-INPUT>}" in text
+    assert values == pytest.approx([0.25, 0.75], abs=1e-6)
+    assert prompt_of(pipe, row, grounding_task="svg", span=(3.0, 4.5), start=1.5, end=4.5)[1] == pytest.approx(
+        [0.5, 1]
+    )
+    elc = {"video": video, "grounding_task": "elc", "span": 3.0, "box": (16, 12, 32, 48)}
+    values = prompt_of(pipe, elc)[1]
+    assert values == pytest.approx([0.5, 0.25, 0.25, 0.5, 1.0], abs=1e-6)
+    assert prompt_of(pipe, {**row, "grounding_task": "tvg"}, grounding_task="svg")[0].count("textual query") == 1
+    other = prompt_of(pipe, row, grounding_task="svg", span=(1.5, 4.5), pattern=1)[0]
+    assert "During the span of" in other
+    frames = np.zeros((12, HEIGHT, WIDTH, 3), np.uint8)
+    given = {"video": frames, "question": "it", "video_metadata": {"fps": 2.0, "total_num_frames": 12}}
+    assert prompt_of(pipe, given, grounding_task="svg", span=(1.5, 4.5))[1] == pytest.approx([0.25, 0.75], abs=1e-6)
+
+
+def test_the_event_that_was_asked_for_begins_where_the_question_says(pipe, video, say):
+    say("Ends in <TEMP-004>, it jumps. <TEMP-003>:[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>]")
+    found = pipe(video, grounding_task="elc", span=1.2, box=(0, 0, 10, 10))["grounding"]
+    assert found.spans == (Span(1.2, pytest.approx(4.8)),) and found.captions[0].text == "it jumps"
+
+
+def test_coordinates_stay_exact_in_half_precision(checkpoint, video):
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    half = VideoQuestionAnsweringPipeline(model=model, processor=tiny_llava_st_processor(), device="cpu")
+    _, values, tensors = prompt_of(half, {"video": video, "question": "it"}, grounding_task="svg", span=(0.006, 3.0))
+    assert tensors["pixel_values_videos"].dtype == torch.bfloat16
+    assert values == pytest.approx([0.001, 0.5], abs=1e-6)
+
+
+def test_streaming_shows_coordinates_and_no_end_mark(pipe, video, say):
+    say(TUBE)
+    stream = pipe(video, QUESTION, stream=True, grounding_task="stvg")
+    assert "".join(stream).strip() == TUBE
+    assert stream.result["answer"] == TUBE and len(stream.result["grounding"].tubes) == 1
+
+
+def test_lists_chats_and_several_questions(pipe, video, monkeypatch):
+    single = pipe(video, QUESTION, **NEW)
+    chat = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]}]
+    result = pipe(chat, **NEW)
+    assert result["generated_text"] == [*chat, {"role": "assistant", "content": single["answer"]}]
+    assert result["grounding"] == single["grounding"]
+    rows = [{"video": video, "question": "it", "grounding_task": task} for task in ("tvg", "stvg")]
+    assert [row["grounding"].text for row in pipe(rows, **NEW)] == [row["answer"] for row in pipe(rows, **NEW)]
+    calls = []
+    encode = type(pipe.model).encode_video
+    monkeypatch.setattr(type(pipe.model), "encode_video", lambda *a, **k: calls.append(1) or encode(*a, **k))
+    together = pipe(video, [QUESTION, "How many?"], **NEW)
+    assert len(calls) == 1 and together[0]["answer"] == single["answer"] and len(together) == 2
+
+
+def test_options_timings_and_image_counts(pipe, video):
+    scores = pipe.score_options(video, QUESTION, ["{<TEMP-001><TEMP-002>}", "no"])
+    assert len(scores) == 2 and all(score < 0 for score in scores)
+    result = pipe(image=Image.new("RGB", (40, 30)), question=QUESTION, return_token_counts=True, **NEW)
+    counts = result["token_counts"]
+    assert (counts["frames"], counts["visual_tokens"], counts["patch_tokens"]) == (0, 16, 16)
+    timings = pipe(video, QUESTION, return_timings=True, **NEW)["timings"]
+    assert all(0 < seconds < 60 for seconds in timings.values())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"grounding_task": "stgv"}, "no task 'stgv'"),
+        ({"grounding_task": "svg"}, "needs span_seconds"),
+        ({"grounding_task": "svg", "span": (4.0, 2.0)}, "reversed or empty"),
+        ({"grounding_task": "svg", "span": (4.0, 7.0)}, "lies outside of the video"),
+        ({"grounding_task": "elc", "question": None, "span": 1.0, "box": (5, 5, 5, 9)}, "has no area"),
+        ({"grounding_task": "elc", "question": None, "span": 1.0, "box": (5, 5, 70, 9)}, "leaves the frame of 64"),
+        ({"grounding_task": "rec"}, "is about images"),
+        ({"grounding_task": "tvg", "question": None}, "needs query"),
+        ({"span": (1.0, 2.0)}, "span came without grounding_task"),
+        ({"question": None}, "no question was given"),
+        ({"return_kept_tokens": True}, "no kept tokens"),
+        ({"max_new_tokens": 10**6}, "number of frames is fixed"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said(pipe, video, kwargs, text):
+    with pytest.raises(ValueError, match=text):
+        pipe(video, **{"question": "the dog", **NEW, **kwargs})
+
+
+def test_tasks_need_a_visual_of_known_length_and_a_model_that_has_them(pipe, video):
+    frames = np.zeros((12, HEIGHT, WIDTH, 3), np.uint8)
+    with pytest.raises(ValueError, match="how long the video is"):
+        pipe(frames, "it", grounding_task="svg", span=(1.0, 2.0))
+    chat = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]}]
+    with pytest.raises(ValueError, match="in place of a chat"):
+        pipe(chat, grounding_task="tvg")
+    plain = VideoQuestionAnsweringPipeline(
+        model=tiny_videochat_flash_model(), processor=tiny_videochat_flash_processor(), device="cpu"
+    )
+    with pytest.raises(ValueError, match="VideoChatFlashProcessor has no tasks for times and places"):
+        plain(video, QUESTION, grounding_task="tvg")
+    assert "grounding" not in plain(video, QUESTION, **NEW)
