@@ -1,6 +1,7 @@
 """`longvideo ask VIDEO QUESTION`."""
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -15,17 +16,37 @@ HELP = (
     "answers; it knows coloured shapes only."
 )
 TINY = "videochat_flash"
+TINY_WITH_PLACES = "llava_st"
+TITLES = {TINY: "VideoChat-Flash", TINY_WITH_PLACES: "LLaVA-ST"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument("video", metavar="VIDEO", help="video file, URL or folder of pictures")
-    parser.add_argument("question", metavar="QUESTION", help="what to ask")
+    parser.add_argument(
+        "question",
+        metavar="QUESTION",
+        nargs="?",
+        help="what to ask; with --task what is looked for, where it needs that",
+    )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint folder or Hub id (default: the tiny one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object with timings and token counts")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is being written")
     parser.add_argument("--show-kept", metavar="PNG", help="draw the frames with the tokens that survive compression")
+    places = parser.add_argument_group("times and places (LLaVA-ST)")
+    places.add_argument(
+        "--task",
+        metavar="NAME",
+        help="ask in the words of a task: tvg, tr, stvg, svg, elc, dvc (rec, reg, dgc: pictures)",
+    )
+    places.add_argument(
+        "--span", metavar="FROM[,TO]", help="the period of --task svg or tr, the start of elc, in seconds"
+    )
+    places.add_argument(
+        "--box", metavar="X1,Y1,X2,Y2", help="the region of --task elc or reg, in pixels of the source"
+    )
+    places.add_argument("--draw", metavar="MP4_OR_PNG", help="draw the answer: spans on a time line, boxes on frames")
     frames = parser.add_argument_group("frames")
     frames.add_argument("--num-frames", type=int, metavar="N", help="sample exactly N frames")
     frames.add_argument("--fps", type=float, metavar="X", help="sample X frames per second")
@@ -79,6 +100,43 @@ def parse_visual_dropout(text: str | None) -> bool | dict[str, Any] | None:
     return {"type": kind, "layers": layers, "ratios": ratios}
 
 
+def parse_numbers(name: str, text: str | None, counts: tuple[int, ...]) -> list[float] | None:
+    """Read numbers with commas between them.
+
+    Args:
+        name: the option, for the message.
+        text: the command-line value or None.
+        counts: how many there may be.
+
+    Returns:
+        The numbers, or None.
+
+    Raises:
+        ValueError: something else.
+    """
+    if text is None:
+        return None
+    wanted = " or ".join(map(str, counts))
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} takes {wanted} numbers with commas between them, got {text!r}.")
+    return numbers
+
+
+def task_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the pipeline is told about a task: its name, span and box, where they are given."""
+    span = parse_numbers("--span", args.span, (1, 2))
+    values = {
+        "grounding_task": args.task,
+        "span": span[0] if span is not None and len(span) == 1 else span,
+        "box": parse_numbers("--box", args.box, (4,)),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse what cannot work before a model is loaded.
 
@@ -88,8 +146,12 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     from longvideo.pipelines.inputs import check_question, check_source
 
-    check_source(args.video)
-    check_question(args.question)
+    check_source(args.video, visual_kind(args.video))
+    if args.task is None or args.question is not None:
+        check_question(args.question)
+    if args.task is None and (args.span or args.box):
+        raise ValueError("--span and --box say what a --task is about; give a --task too.")
+    task_arguments(args)
     for name in ("num_frames", "fps", "min_frames", "max_frames", "max_new_tokens"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -100,12 +162,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-frames {args.min_frames} is more than --max-frames {args.max_frames}.")
     if args.start is not None and args.end is not None and args.start >= args.end:
         raise ValueError(f"--start {args.start:g} s must come before --end {args.end:g} s.")
-    if args.options is not None and (args.stream or args.show_kept):
-        raise ValueError("--options only compares likelihoods; it does not go with --stream or --show-kept.")
+    if args.options is not None and (args.stream or args.show_kept or args.draw):
+        raise ValueError("--options only compares likelihoods; it does not go with --stream, --show-kept or --draw.")
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other; give one.")
     if args.show_kept:
         check_picture_path(Path(args.show_kept))
+    if args.draw:
+        from longvideo.draw_grounding import check_target
+
+        check_target(args.draw, is_video=visual_kind(args.video) == "video")
+
+
+def visual_kind(source: str) -> str:
+    """Tell by its ending whether a file is a picture; anything else is a video."""
+    from longvideo.pipelines.inputs import IMAGE_SUFFIXES
+
+    return "image" if Path(source).suffix.lower() in IMAGE_SUFFIXES - {".gif"} else "video"
 
 
 def check_picture_path(path: Path) -> None:
@@ -134,16 +207,23 @@ def run(args: argparse.Namespace) -> int:
 
     model = args.model
     if model is None:
-        model = str(longvideo.tiny_checkpoint(TINY))
+        name = TINY_WITH_PLACES if args.task or args.draw else TINY
+        try:
+            model = str(longvideo.tiny_checkpoint(name))
+        except ValueError as error:
+            raise ValueError(f"{error} Name a {TITLES.get(name, name)} checkpoint with --model.") from error
         print(
-            "No --model given: the tiny embedded VideoChat-Flash answers. It was trained on coloured shapes only.",
+            f"No --model given: the tiny embedded {TITLES[name]} answers. It was trained on coloured shapes only.",
             file=sys.stderr,
         )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     pipe = load_pipeline(model, device=args.device, dtype=args.dtype)
     names = ("num_frames", "fps", "min_frames", "max_frames", "start", "end")
-    call = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    call = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | task_arguments(args)
+    if args.draw and not hasattr(pipe.processor, "post_process_grounding"):
+        kind = pipe.model.config.model_type
+        raise ValueError(f"--draw needs a model that answers with times and boxes; '{model}' is a {kind} model.")
     if dropout is not None:
         call["visual_dropout"] = dropout
     report: dict[str, Any] = {"video": args.video, "question": args.question, "model": model}
@@ -174,30 +254,83 @@ def _answer(
     pipe: "VideoQuestionAnsweringPipeline", args: argparse.Namespace, call: dict[str, Any], report: dict[str, Any]
 ) -> int:
     call.update(return_timings=True, return_token_counts=True, return_kept_tokens=bool(args.show_kept) or None)
+    call[visual_kind(args.video)] = args.video
     if args.stream:
-        stream = pipe(args.video, args.question, stream=True, **call)
+        stream = pipe(question=args.question, stream=True, **call)
         for piece in stream:
             print(piece, end="", flush=True)
         print()
         result = stream.result
     else:
-        result = pipe(args.video, args.question, **call)
+        result = pipe(question=args.question, **call)
     kept = result.pop("kept_tokens", None)
     if kept is not None:
         from longvideo.show_kept import draw_kept
 
         draw_kept(kept, args.show_kept)
+    problem = _draw(result["grounding"], args) if args.draw else None
     if args.json:
-        picture = {"kept_picture": args.show_kept} if kept is not None else {}
+        extra = {"kept_picture": args.show_kept} if kept is not None else {}
+        if "grounding" in result:
+            extra["grounding"] = dataclasses.asdict(result["grounding"])
+        if args.draw:
+            extra["drawing"] = None if problem else args.draw
         chosen = {key: result[key] for key in ("answer", "timings", "token_counts")}
-        print(json.dumps({**report, **chosen, **picture}, indent=2))
-        return 0
-    if not args.stream:
-        print(result["answer"])
-    print(describe(result), file=sys.stderr)
-    if kept is not None:
-        print(f"kept tokens drawn in {args.show_kept}", file=sys.stderr)
+        print(json.dumps({**report, **chosen, **extra}, indent=2))
+    else:
+        pictures = {"kept tokens": args.show_kept if kept is not None else None}
+        pictures["answer"] = args.draw if problem is None else None
+        _print_answer(result, pictures, with_text=not args.stream)
+    if problem is not None:
+        raise problem
     return 0
+
+
+def _print_answer(result: dict[str, Any], pictures: dict[str, str | None], *, with_text: bool) -> None:
+    if with_text:
+        print(result["answer"])
+    for line in describe_places(result.get("grounding")):
+        print(line, file=sys.stderr)
+    print(describe(result), file=sys.stderr)
+    for what, path in pictures.items():
+        if path:
+            print(f"{what} drawn in {path}", file=sys.stderr)
+
+
+def _draw(found: Any, args: argparse.Namespace) -> ValueError | None:
+    """Draw an answer; return the reason where there is nothing to draw, so that the answer is shown first."""
+    from longvideo.draw_grounding import draw_grounding
+
+    title = " ".join(filter(None, [args.task and f"[{args.task}]", args.question]))
+    cut = {"start": args.start, "end": args.end} if visual_kind(args.video) == "video" else {}
+    try:
+        draw_grounding(found, args.draw, **{visual_kind(args.video): args.video}, **cut, title=title)
+    except ValueError as error:
+        return error
+    return None
+
+
+def describe_places(found: Any) -> list[str]:
+    """Write the times and boxes of an answer, one line each.
+
+    Args:
+        found: what the pipeline read in the answer, or None.
+
+    Returns:
+        Lines such as "span 1.20 to 3.60 s", and what could not be read, with the reason.
+    """
+    if found is None:
+        return []
+
+    def write(box: Any) -> str:
+        return f"({box.x1:.0f}, {box.y1:.0f}, {box.x2:.0f}, {box.y2:.0f})"
+
+    lines = [f"span {span.start:.2f} to {span.end:.2f} s" for span in found.spans]
+    lines += [f"box {write(box)} pixels" for box in found.boxes]
+    for tube in found.tubes:
+        ends = " to ".join(f"{write(tube.boxes[i])} at {tube.times[i]:.2f} s" for i in (0, -1))
+        lines.append(f"tube of {len(tube.times)} boxes, {ends}")
+    return lines + [f"not read: {part.text!r}, {part.reason}" for part in found.malformed]
 
 
 def describe(result: dict[str, Any]) -> str:
