@@ -62,6 +62,7 @@ class Grounding:
         question: text with coordinates as `<TEMP-INPUT0.300>`.
         answer: text with coordinates as `<TEMP-OUTPUT0.300>`.
         bucket: what a corpus balances inside a task.
+        subject: the shape it is about, or "letter"; a scene has each shape once.
         time: seconds of the frame, for tasks about one frame.
         caption: the words of the truth, for "reg", "tr" and "elc".
         span: seconds of the event.
@@ -73,6 +74,7 @@ class Grounding:
     question: str
     answer: str
     bucket: str
+    subject: str
     time: float | None = None
     caption: str | None = None
     span: Span | None = None
@@ -241,20 +243,21 @@ def _picture_groundings(scene: Scene, writer: _Writer) -> list[Grounding]:
         crowd = "alone" if len(seen) == 1 else "crowd"
         where = f"{crowd} {actor.shape}"
         question = writer.ask("rec", query=name)
-        found.append(Grounding("rec", question, writer.box(box), where, time=time, box=box))
+        found.append(Grounding("rec", question, writer.box(box), where, actor.shape, time=time, box=box))
         question, words = writer.ask("reg", box=box), full_name(actor, time)
-        found.append(Grounding("reg", question, f"{words}.", where, time=time, caption=words, box=box))
+        found.append(Grounding("reg", question, f"{words}.", where, actor.shape, time=time, caption=words, box=box))
     return found
 
 
 def _event_groundings(event: Event, events: list[Event], writer: _Writer) -> list[Grounding]:
     """Questions about the time of an event, and about what happens in that time."""
     span, words = event.span, event.caption
+    about = (event.sort, "letter" if event.actor is None else event.actor.shape)
     answer = _SPAN_ANSWER.format(span=writer.span(span))
-    found = [Grounding("tvg", writer.ask("tvg", query=words), answer, event.sort, span=span)]
+    found = [Grounding("tvg", writer.ask("tvg", query=words), answer, *about, span=span)]
     if all(other is event or _overlap(other.span, span) < ALIKE for other in events):
         question = writer.ask("tr", span=span)
-        found.append(Grounding("tr", question, f"{words}.", event.sort, caption=words, span=span))
+        found.append(Grounding("tr", question, f"{words}.", *about, caption=words, span=span))
     return found
 
 
@@ -264,12 +267,12 @@ def _tube_groundings(
     """Questions about a shape through time."""
     span, words, boxes = event.span, event.caption, _TUBE_ANSWER.format(tube=writer.tube(tube))
     question, answer = writer.ask("stvg", query=words), f"{_SPAN_ANSWER.format(span=writer.span(span))} {boxes}"
-    found = [Grounding("stvg", question, answer, event.sort, span=span, tube=tube)]
-    first, last = tube.times[0], tube.times[-1]
-    shown, actor = Span(first, last), event.actor
+    first, last, actor = tube.times[0], tube.times[-1], event.actor
+    shown, about = Span(first, last), (event.sort, actor.shape)
+    found = [Grounding("stvg", question, answer, *about, span=span, tube=tube)]
     name = actor.shape if actor.change is not None else full_name(actor, first)
     question = writer.ask("svg", query=f"the {name}", span=shown)
-    found.append(Grounding("svg", question, boxes, event.sort, span=shown, tube=tube))
+    found.append(Grounding("svg", question, boxes, *about, span=shown, tube=tube))
     # Two events of one shape that start together could both be meant.
     gap = 1.5 * writer.duration / max(num_frames - 1, 1)
     rivals = [other for other in events if other.actor is actor and other is not event]
@@ -277,7 +280,7 @@ def _tube_groundings(
         region = tube.boxes[0]
         question = writer.ask("elc", time_seconds=span.start, box=region)
         answer = _END_ANSWER.format(time=writer.time(span.end), event=words, tube=writer.tube(tube))
-        found.append(Grounding("elc", question, answer, event.sort, caption=words, span=span, box=region, tube=tube))
+        found.append(Grounding("elc", question, answer, *about, caption=words, span=span, box=region, tube=tube))
     return found
 
 

@@ -1,11 +1,15 @@
 """The small models that are trained on the corpus: tokenizer, processor and configuration of each architecture."""
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
 from transformers import (
     Dinov2Config,
     PreTrainedModel,
@@ -15,12 +19,18 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from longvideo.evaluation.corpus import all_questions, describe, make_scene
+from longvideo.evaluation.corpus import all_questions, describe, make_groundings, make_scene
 from longvideo.modeling.encoders.umt.configuration_umt import UMTVisionConfig
+from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
+from longvideo.modeling.llava_st.modeling_llava_st import LlavaSTForConditionalGeneration
 from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
+from longvideo.processing.llava_st.image_processing_llava_st import LlavaSTImageProcessor
+from longvideo.processing.llava_st.processing_llava_st import LlavaSTProcessor
+from longvideo.processing.llava_st.tokenizer_llava_st import add_coordinate_tokens
+from longvideo.processing.llava_st.video_processing_llava_st import LlavaSTVideoProcessor
 from longvideo.processing.longvu.image_processing_longvu import LongVUImageProcessor
 from longvideo.processing.longvu.processing_longvu import LongVUProcessor
 from longvideo.processing.longvu.video_processing_longvu import LongVUVideoProcessor
@@ -28,12 +38,17 @@ from longvideo.processing.shared.timestamps import TIME_MESSAGE
 from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
 from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
 from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
+from longvideo.tiny_training.grounding_stages import GROUNDING_STAGES, GroundingConversations, GroundingStage
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TowerLessons
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"]
 NUM_TOKENIZER_SCENES = 1500
 NUM_FRAMES = 16
 FRAME_SIZE = 48
+# Of LLaVA-ST: as many times as frames, so that every frame has a token, and places finer than patches.
+GROUNDING_SIZE = 64
+GROUNDING_FRAMES = 20
+NUM_SPATIAL_TOKENS = 32
 # About one over the root of the width: with the usual 0.02 models this narrow hardly begin to look at the frames.
 INIT_STD = 0.06
 
@@ -48,13 +63,21 @@ class TinyModel:
         frame_size: side of the frames in pixels.
         num_frames: frames per video.
         pictures_first: whether single pictures are described before any video, as its published recipe does.
+        stages: its own stages in place of the common ones.
+        make_rows: makes the rows of such a stage, as `CorpusConversations` does of a common one.
+        begin_stage: called with model, stage and what is left out before a stage begins.
+        ablations: what can be left out; `build` takes `use_NAME=False` for each.
     """
 
-    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    build: Callable[..., tuple[PreTrainedModel, ProcessorMixin]]
     lessons: tuple[TowerLessons, ...]
     frame_size: int
     num_frames: int
     pictures_first: bool = False
+    stages: tuple[Any, ...] = ()
+    make_rows: Callable[..., Dataset] | None = None
+    begin_stage: Callable[[PreTrainedModel, Any, Sequence[str]], None] | None = None
+    ablations: tuple[str, ...] = ()
 
 
 def corpus_texts() -> Iterator[str]:
@@ -72,23 +95,28 @@ def corpus_texts() -> Iterator[str]:
             yield f"assistant\n{question.answer}"
 
 
-def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    vocab_size: int = 1024, *, texts: Iterable[str] = (), has_placeholders: bool = True
+) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer on the corpus; any other text falls apart into bytes.
 
     Args:
         vocab_size: largest number of tokens.
+        texts: read in addition.
+        has_placeholders: whether it has the common visual placeholders.
 
     Returns:
-        A ChatML tokenizer with visual placeholders.
+        A ChatML tokenizer.
     """
+    marks = SPECIAL_TOKENS if has_placeholders else SPECIAL_TOKENS[:3]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        corpus_texts(),
+        chain(corpus_texts(), texts),
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=SPECIAL_TOKENS,
+            special_tokens=marks,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -100,7 +128,11 @@ def train_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
-        extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
+        **(
+            {"extra_special_tokens": {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}}
+            if has_placeholders
+            else {}
+        ),
     )
 
 
@@ -215,6 +247,92 @@ def build_longvu() -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, processor
 
 
+def grounding_corpus_texts() -> Iterator[str]:
+    """Yields the wordings of questions about times and places, as often as makes each of their words a token."""
+    for seed in range(NUM_TOKENIZER_SCENES):
+        for grounding in make_groundings(make_scene(seed, "train")):
+            yield re.sub(r"<[^>]*>", "", f"user\n{grounding.question}")
+            yield re.sub(r"<[^>]*>", "", f"assistant\n{grounding.answer}")
+
+
+@torch.no_grad()
+def order_coordinates(model: LlavaSTForConditionalGeneration) -> None:
+    """Gives the coordinates of each axis embeddings in waves, so that near ones are near from the start.
+
+    The published model learns its tables from far more rows. Each axis has waves in directions of its own, because the
+    three are added to one feature.
+
+    Args:
+        model: its input embedding, which is its head as well, is changed in place.
+    """
+    table, start = model.get_input_embeddings().weight, model.config.coordinate_token_start
+    for size in model.config.coordinate_sizes:
+        # The slowest wave passes half a turn over the axis, the quickest one in three tokens.
+        frequencies = torch.logspace(math.log10(math.pi / size), math.log10(math.tau / 3), table.shape[1] // 2)
+        angles = torch.arange(size)[:, None] * frequencies
+        turn, _ = torch.linalg.qr(torch.randn(table.shape[1], table.shape[1]))
+        table[start : start + size] = torch.cat([angles.sin(), angles.cos()], dim=1) @ turn * INIT_STD * 2**0.5
+        start += size
+
+
+def build_llava_st(*, use_lape: bool = True, use_packer: bool = True) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Makes the tiny LLaVA-ST, random, with its processor.
+
+    Args:
+        use_lape: False leaves the position embeddings out (ablation).
+        use_packer: False takes means in place of the packers (ablation).
+
+    Returns:
+        Model and processor.
+    """
+    tokenizer = train_tokenizer(texts=grounding_corpus_texts(), has_placeholders=False)
+    fields = add_coordinate_tokens(tokenizer, GROUNDING_FRAMES, NUM_SPATIAL_TOKENS)
+    side = {"height": GROUNDING_SIZE, "width": GROUNDING_SIZE}
+    factors = {"spatial_factor": 2, "temporal_factor": 5}
+    config = LlavaSTConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=96,
+            intermediate_size=288,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=GROUNDING_SIZE,
+            patch_size=8,
+            vision_use_head=False,
+        ),
+        text_config=build_text_config(tokenizer),
+        **fields,
+        **factors,
+        num_frames=GROUNDING_FRAMES,
+        packer_hidden_size=96,
+        packer_num_heads=4,
+        use_lape=use_lape,
+        use_packer=use_packer,
+        initializer_range=INIT_STD,
+    )
+    processor = LlavaSTProcessor(
+        image_processor=LlavaSTImageProcessor(size=side),
+        tokenizer=tokenizer,
+        video_processor=LlavaSTVideoProcessor(size=side, num_frames=GROUNDING_FRAMES, temporal_factor=5),
+        patch_size=8,
+        **factors,
+    )
+    model = LlavaSTForConditionalGeneration(config)
+    order_numbers(model, tokenizer)
+    order_coordinates(model)
+    return model, processor
+
+
+def begin_llava_st_stage(model: PreTrainedModel, stage: GroundingStage, without: Sequence[str]) -> None:
+    """Switches position embeddings on or off, as the stage and the ablation have it.
+
+    Args:
+        model: model to train next.
+        stage: the stage.
+        without: what is left out.
+    """
+    model.config.use_lape = stage.lape and "lape" not in without
+
+
 def encode_frames(tower: PreTrainedModel, clips: torch.Tensor) -> torch.Tensor:
     """Encodes clips frame by frame with an image tower.
 
@@ -276,5 +394,26 @@ TINY_MODELS = {
         FRAME_SIZE,
         NUM_FRAMES,
         pictures_first=True,
+    ),
+    "llava_st": TinyModel(
+        build_llava_st,
+        (
+            TowerLessons(
+                "siglip",
+                tower=lambda model: model.model.vision_tower,
+                encode=encode_frames,
+                statistics=lambda processor: (
+                    processor.video_processor.image_mean,
+                    processor.video_processor.image_std,
+                ),
+                phases=(IMAGES,),
+            ),
+        ),
+        GROUNDING_SIZE,
+        GROUNDING_FRAMES,
+        stages=GROUNDING_STAGES,
+        make_rows=GroundingConversations,
+        begin_stage=begin_llava_st_stage,
+        ablations=("lape", "packer"),
     ),
 }

@@ -14,7 +14,8 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,28 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_s
 
 from longvideo.evaluation.corpus import (
     Difficulty,
-    Question,
-    Scene,
     all_questions,
     describe,
-    describe_frame,
     list_events,
     make_scene,
     render_frames,
     sample_times,
+)
+from longvideo.tiny_training.conversations import (
+    CAPTION_REQUEST,
+    EVENTS_REQUEST,
+    SHAPE_FIRST,
+    choose_questions,
+    conversation,
+    picture_conversation,
+    tidy,
 )
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
-CAPTION_REQUEST = "Describe the video ."
-PICTURE_REQUEST = "Describe the picture ."
-EVENTS_REQUEST = "List the events ."
-NOTHING = "nothing ."
-SHAPE_FIRST = " Name shapes before colours ."
 BATCH_SIZE = 8
-MAX_TURNS = 5
-# Neither answer says anything about the answer to another question, so they may join a conversation of any kind.
-HARMLESS_KINDS = ("count", "needle")
 # A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
 # and times are learned slowly.
 ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
@@ -111,9 +110,26 @@ STAGES = (
 PICTURES = Stage("0-pictures", 6_400, 1e-3, "constant_with_warmup", 50, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
 
 
-def stages_of(spec: TinyModel) -> tuple[Stage, ...]:
-    """Lists the stages of a model: pictures come first for those whose published recipe has an image stage."""
+def stages_of(spec: TinyModel) -> tuple[Any, ...]:
+    """Lists the stages of a model: its own, or ours, with pictures first where its published recipe has them."""
+    if spec.stages:
+        return spec.stages
     return (PICTURES, *STAGES) if spec.pictures_first else STAGES
+
+
+def scale_stage(stage: Any, scale: float) -> Any:
+    """Shortens a stage, or makes it longer.
+
+    Args:
+        stage: one of `stages_of`.
+        scale: factor of its videos, and of its warm-up where that becomes shorter.
+
+    Returns:
+        The stage with a whole number of batches, at least one.
+    """
+    batches = max(round(stage.num_videos * scale / BATCH_SIZE), 1)
+    warmup = min(stage.warmup_steps, max(round(stage.warmup_steps * scale), 1))
+    return replace(stage, num_videos=batches * BATCH_SIZE, warmup_steps=warmup)
 
 
 class CorpusConversations(Dataset):
@@ -158,87 +174,6 @@ class CorpusConversations(Dataset):
         return {"messages": conversation(frames, scene.duration, turns)}
 
 
-def choose_questions(questions: list[Question], kinds: tuple[str, ...], rng: random.Random) -> list[Question]:
-    """Chooses the questions of one conversation so that no answer can be read off an earlier turn.
-
-    Args:
-        questions: all that a scene allows.
-        kinds: kinds to draw from, with repetitions as weights.
-        rng: source of chance.
-
-    Returns:
-        Up to MAX_TURNS questions of one kind, among them those of HARMLESS_KINDS; never none.
-    """
-    allowed = {question.kind for question in questions}
-    possible = [kind for kind in kinds if kind in allowed]
-    kind = rng.choice(possible) if possible else None
-    pool = [question for question in questions if question.kind == kind]
-    rng.shuffle(pool)
-    if kind == "when":
-        # Shapes mostly come early and leave late: each span of the video once, else that would be learned instead.
-        pool = list({question.bucket.split()[1]: question for question in pool}.values())
-    pool = pool[:MAX_TURNS]
-    for question in questions:
-        if question.kind in HARMLESS_KINDS and (not pool or rng.random() < 0.5):
-            pool.insert(rng.randint(0, len(pool)), question)
-    return pool[:MAX_TURNS]
-
-
-def tidy(text: str) -> str:
-    """Writes punctuation as people do, without a space before it."""
-    return text.replace(" ?", "?").replace(" ,", ",").replace(" .", ".")
-
-
-def conversation(frames: Any, duration: float, turns: list[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Puts a decoded video and question-answer turns into messages.
-
-    Args:
-        frames: (F, height, width, 3) uint8, taken at the midpoints of F equal parts.
-        duration: seconds.
-        turns: questions and answers.
-
-    Returns:
-        Messages; the first user turn holds the video with its metadata.
-    """
-    times = [duration * (2 * i + 1) / (2 * len(frames)) for i in range(len(frames))]
-    video = {"type": "video", "video": frames, "timestamps": times, "duration": duration}
-    messages = []
-    for question, answer in turns:
-        blocks = [{"type": "text", "text": question}]
-        messages.append({"role": "user", "content": blocks if messages else [video, *blocks]})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-def picture_conversation(scene: Scene, size: int, shape_first: float) -> list[dict[str, Any]]:
-    """Takes a frame at a random time and has it described.
-
-    Args:
-        scene: what the video shows.
-        size: side of the frame in pixels.
-        shape_first: chance that shapes are named before their colours.
-
-    Returns:
-        Messages of one turn with an image.
-    """
-    rng = random.Random(f"picture {scene.seed}")
-    named_first = rng.random() < shape_first
-    # Half of all frames are empty; most pictures should show something.
-    for _ in range(3):
-        time = rng.random() * scene.duration
-        if describe_frame(scene, time) != NOTHING:
-            break
-    blocks = [
-        {"type": "image", "image": render_frames(scene, [time], size)[0]},
-        {"type": "text", "text": PICTURE_REQUEST + (SHAPE_FIRST if named_first else "")},
-    ]
-    answer = describe_frame(scene, time, shape_first=named_first)
-    return [
-        {"role": "user", "content": blocks},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
-
-
 class StopAtTime(TrainerCallback):
     """Saves and stops when the time of this run is used up.
 
@@ -274,7 +209,7 @@ class LossLog(TrainerCallback):
 
 
 def run_stage(
-    stage: Stage,
+    stage: Any,
     model: PreTrainedModel,
     processor: ProcessorMixin,
     out: Path,
@@ -282,6 +217,7 @@ def run_stage(
     spec: TinyModel,
     seed: int,
     deadline: float,
+    first_seed: int,
 ) -> bool:
     """Trains one stage, from its newest checkpoint if there is one.
 
@@ -293,13 +229,13 @@ def run_stage(
         spec: frames per video and their size.
         seed: random seed of the run.
         deadline: value of `time.monotonic()` at which to stop.
+        first_seed: number of its first scene.
 
     Returns:
         Whether the stage is complete.
     """
     folder = out / stage.name
-    stages = stages_of(spec)
-    first_seed = seed * 10_000_000 + sum(other.num_videos for other in stages[: stages.index(stage)])
+    make_rows = spec.make_rows or CorpusConversations
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -325,9 +261,7 @@ def run_stage(
     trainer = VideoSFTTrainer(
         model,
         args,
-        train_dataset=CorpusConversations(
-            stage, size=spec.frame_size, num_frames=spec.num_frames, first_seed=first_seed
-        ),
+        train_dataset=make_rows(stage, size=spec.frame_size, num_frames=spec.num_frames, first_seed=first_seed),
         processing_class=processor,
         callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
     )
@@ -369,7 +303,9 @@ def _teach_towers(
         path.with_suffix(".partial").rename(path)
 
 
-def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
+def train(
+    name: str, out: Path, *, minutes: float, seed: int, scale: float = 1.0, without: Sequence[str] = ()
+) -> Path | None:
     """Trains a tiny model through all stages, or as far as the time allows.
 
     Args:
@@ -377,23 +313,39 @@ def train(name: str, out: Path, *, minutes: float, seed: int) -> Path | None:
         out: folder of checkpoints and logs.
         minutes: time of this run.
         seed: random seed.
+        scale: factor of the length of every stage; the towers' own lessons stay as they are.
+        without: what is left out, of the model's `ablations`.
 
     Returns:
         Folder of the finished model, or None when stages are left for a later run.
+
+    Raises:
+        ValueError: something to leave out that the model has no switch for, or a scale that is not positive.
     """
     set_seed(seed)
     deadline = time.monotonic() + 60 * minutes
     out.mkdir(parents=True, exist_ok=True)
     spec = TINY_MODELS[name]
-    model, processor = spec.build()
+    unknown = sorted(set(without) - set(spec.ablations))
+    if unknown:
+        raise ValueError(f"{name} cannot be trained without {unknown}; it has {list(spec.ablations) or 'no switches'}")
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}, expected a positive factor of the length of the stages")
+    model, processor = spec.build(**{f"use_{part}": False for part in without})
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
+    first_seed = seed * 10_000_000
     for stage in stages_of(spec):
+        if scale != 1:
+            stage = scale_stage(stage, scale)
         done = out / stage.name / "done"
+        start, first_seed = first_seed, first_seed + stage.num_videos
         if done.exists():
             checkpoint = find_last_checkpoint(str(done.parent))
             model = type(model).from_pretrained(checkpoint)
             continue
-        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline):
+        if spec.begin_stage is not None:
+            spec.begin_stage(model, stage, without)
+        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline, first_seed=start):
             return None
         done.touch()
     export(model, processor, out / "model", log=out / "log.jsonl")
@@ -409,13 +361,23 @@ def main(argv: list[str] | None = None) -> int:
         "--minutes", type=float, default=100.0, help="time of this run; give the command again to go on"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor of the length of all stages (default 1)")
+    parser.add_argument(
+        "--without", nargs="+", default=(), metavar="PART", help="ablation: leave a part out (llava_st: lape, packer)"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.threads:
         torch.set_num_threads(args.threads)
-    out = Path(args.out or f"runs/tiny_{args.model}")
-    folder = train(args.model, out, minutes=args.minutes, seed=args.seed)
+    out = Path(args.out or "_without_".join([f"runs/tiny_{args.model}", *args.without]))
+    try:
+        folder = train(
+            args.model, out, minutes=args.minutes, seed=args.seed, scale=args.scale, without=tuple(args.without)
+        )
+    except ValueError as error:
+        print(f"train: error: {error}", file=sys.stderr)
+        return 2
     print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({out})")
     return 0
 
