@@ -243,7 +243,10 @@ def make_labels() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits, labels with masked positions, ordinary ones and output templates, and their coordinates."""
     ids, values = make_tokens()
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
-    labels[0, 5], labels[1, :4] = OUTPUTS[1], torch.tensor([OUTPUTS[0], -100, OUTPUTS[2], OUTPUTS[0]])
+    labels[0, 4:7] = torch.tensor([OUTPUTS[0], OUTPUTS[1], OUTPUTS[2]])
+    values[0, 4:7] = torch.tensor([0.3, 0.5, 0.9])  # 1.8 rows, a tie of 1.5 rows, 2.7 rows
+    labels[1, :6] = torch.tensor([OUTPUTS[0], -100, OUTPUTS[2], OUTPUTS[0], OUTPUTS[1], OUTPUTS[2]])
+    values[1, :6] = torch.tensor([0.4, 0.4, 0.6, 0.1, 1.5, 1 / 3])  # the first two are no targets, then edge and row
     logits = 3 * torch.randn(*ids.shape, VOCABULARY, dtype=torch.float64)
     return logits.float().requires_grad_(), labels, values
 
