@@ -1,6 +1,7 @@
 """Tensors that are stored whole in one layout and in pieces in the other: rows of a matrix in tables of their own."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -62,6 +63,11 @@ class CheckpointView(SourceCheckpoint):
         self.notes = inner.notes
         self.infos = dict(inner.infos)
         self.pieces: dict[str, list[str]] = {}
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Every weight file, by the name that rows give it."""
+        return self.inner.files
 
     def close(self) -> None:
         """Leave closing to the owner."""

@@ -404,7 +404,7 @@ def test_stages_are_merged_in_their_order(stages: tuple, capsys: pytest.CaptureF
 def test_scaling_by_pattern_and_rank_stabilised(stages: tuple) -> None:
     state, folder = stages
     change = {"alpha_pattern": {"q_proj": 8}, "use_rslora": True}
-    adapter, own = write_stage(folder / "stage2", state, seed=1, rank=4, alpha=6, change=change)
+    adapter, _ = write_stage(folder / "stage2", state, seed=1, rank=4, alpha=6, change=change)
     convert_checkpoint(folder / "stage1", folder / "native", options={"lora_stages": (folder / "stage2",)})
     reverse_checkpoint(folder / "native", folder / "back")
     back = read_weights(folder / "back")
@@ -448,7 +448,7 @@ def test_stages_that_do_not_fit_the_model_are_refused(stages: tuple) -> None:
     write_stage(folder / "wider", other, seed=1)
     deeper = original_llava_st(num_hidden_layers=3)[0]
     write_stage(folder / "deeper", {**deeper, "model.layers.1.mlp.down_proj.weight": torch.ones(3, 4)}, seed=1)
-    for name, message in (("wider", r"is \[275, 48\], but \[269, 32\] before"), ("deeper", "changes a matrix of")):
+    for name, message in (("wider", r"is \[16, 48\], but \[16, 32\] before"), ("deeper", "changes a matrix of")):
         with pytest.raises(ValueError, match=message):
             convert_checkpoint(folder / "stage1", folder / name[0], options={"lora_stages": (folder / name,)})
     write_stage(folder / "stage2", state, seed=1)
@@ -465,14 +465,14 @@ def test_incomplete_or_hostile_stage_folders_are_refused(stages: tuple) -> None:
     write_stage(folder / "stage2", state, seed=1)
     options = {"lora_stages": (folder / "stage2",)}
     file = folder / "stage2" / "non_lora_trainables.bin"
-    file.write_bytes(pickle.dumps(Path("x")))
+    file.write_bytes(pickle.dumps(Path("x"), protocol=2))
     with pytest.raises(ValueError, match="holds more than tensors"):
         convert_checkpoint(folder / "stage1", folder / "native", options=options)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="has no non_lora_trainables.bin"):
+    with pytest.raises(FileNotFoundError, match=r"has no non_lora_trainables\.bin"):
         convert_checkpoint(folder / "stage1", folder / "native", options=options)
     (folder / "stage2" / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors or adapter_model.bin"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors or adapter_model\.bin"):
         convert_checkpoint(folder / "stage1", folder / "native", options=options)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         convert_checkpoint(folder / "stage1", folder / "native", options={"lora_stages": (folder / "absent",)})
