@@ -401,7 +401,9 @@ class LlavaSTForConditionalGeneration(LlavaSTLayoutMixin, LlavaSTPreTrainedModel
         Returns:
             Loss, logits and cache.
         """
-        output_rows = self.output_rows()
+        # Not at every step of decoding: an adapter may have to merge its rows for it.
+        has_pixels = pixel_values is not None or pixel_values_videos is not None
+        output_rows = self.output_rows() if has_pixels or torch.is_grad_enabled() else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
