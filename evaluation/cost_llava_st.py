@@ -303,7 +303,7 @@ def usable_frames(config: LlavaSTConfig, num_frames: int) -> int:
 
 def processor_options(config: LlavaSTConfig) -> dict[str, Any]:
     """Say what the video processor is told when it chooses frames."""
-    return {"num_frames": config.num_frames}
+    return {"num_frames": config.num_frames, "temporal_factor": config.temporal_factor}
 
 
 def video_options(processor: Any, source: str, metadata: Any) -> dict[str, Any]:

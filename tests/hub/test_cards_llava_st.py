@@ -85,7 +85,7 @@ def test_python_blocks_run(folder, tmp_path, monkeypatch, capsys):
     make_video(tmp_path / "video.mp4")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", render_card(folder, repo_id=str(folder)), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, "card", "exec"), {})
-    assert capsys.readouterr().out.count("\n") >= 2
+    assert capsys.readouterr().out.count("\n") >= 3
