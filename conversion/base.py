@@ -267,7 +267,8 @@ def write_shards(
 def checked_tensor(checkpoint: SourceCheckpoint, source: TensorInfo, target: TensorInfo) -> torch.Tensor:
     """Read one tensor, refuse NaN and infinity by name, and cast it."""
     tensor = checkpoint.read(source.name)
-    require_finite(tensor, f"{source.name} in {checkpoint.files[source.file]}")
+    for info, values in checkpoint.stored_parts(source.name, tensor):
+        require_finite(values, f"{info.name} in {checkpoint.files[info.file]}")
     if target.dtype == source.dtype:
         return tensor
     cast = tensor.to(SAFETENSORS_DTYPES[target.dtype])

@@ -335,7 +335,8 @@ def find_weight_files(folder: Path) -> tuple[list[str], list[str]]:
     if (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds a LoRA adapter, no model weights. Merge it into its base model with peft "
-            "(merge_and_unload) and save that first."
+            "(merge_and_unload) and save that first. (A stage of LLaVA-ST: convert the stage-1 model, and give this "
+            "folder with --lora-stages.)"
         )
     raise FileNotFoundError(
         f"{folder} has no weights: expected model.safetensors, pytorch_model.bin or shards of either with their index."

@@ -117,6 +117,21 @@ class JoinedCheckpoint(CheckpointView):
             return self.inner.read(name)
         return torch.cat([self.inner.read(piece) for piece in self.pieces[name]])
 
+    def stored_parts(self, name: str, tensor: torch.Tensor) -> list[tuple[TensorInfo, torch.Tensor]]:
+        """Return the pieces of a tensor.
+
+        Args:
+            name: A key of `infos`.
+            tensor: What `read` returned for it.
+
+        Returns:
+            Header and values of every piece.
+        """
+        if name not in self.pieces:
+            return super().stored_parts(name, tensor)
+        infos = [self.inner.infos[piece] for piece in self.pieces[name]]
+        return list(zip(infos, tensor.split([info.shape[0] for info in infos]), strict=True))
+
 
 class CutCheckpoint(CheckpointView):
     """A native checkpoint with every whole matrix as its pieces.

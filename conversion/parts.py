@@ -164,6 +164,18 @@ class SourceCheckpoint:
                 return checkpoint.read(name[len(part) + 1 :])
         return self.checkpoints[""].read(name)
 
+    def stored_parts(self, name: str, tensor: torch.Tensor) -> list[tuple[TensorInfo, torch.Tensor]]:
+        """Return what a tensor consists of.
+
+        Args:
+            name: A key of `infos`.
+            tensor: What `read` returned for it.
+
+        Returns:
+            Header and values of every stored tensor; one, but for tensors that are joined while reading.
+        """
+        return [(self.infos[name], tensor)]
+
     def close(self) -> None:
         """Close every open file."""
         for checkpoint in self.checkpoints.values():
