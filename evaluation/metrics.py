@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
 
+import numpy as np
+
 SpanLike = Sequence[float]
 BoxLike = Sequence[float]
 TubeLike = Mapping[Hashable, BoxLike]
@@ -63,6 +65,35 @@ def wilson_interval(num_correct: int, num_total: int, *, confidence: float = 0.9
     centre = (share + z**2 / (2 * num_total)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / num_total + z**2 / (4 * num_total**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def bootstrap_interval(
+    scores: Sequence[float], *, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of a mean, from means of samples drawn with repetition.
+
+    Args:
+        scores: one for each independent sample.
+        confidence: two-sided coverage, between 0 and 1.
+        num_resamples: how often to draw.
+        seed: of the draws; the same scores give the same interval.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: no scores, or a confidence outside (0, 1).
+
+    Source: B. Efron, Bootstrap methods: another look at the jackknife, Ann. Statist. 7 (1979).
+    """
+    if not len(scores):
+        raise ValueError("the interval of no scores is not defined: pass at least one")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
+    values = np.asarray(scores, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(values), size=(num_resamples, len(values)))
+    low, high = np.quantile(values[draws].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def temporal_iou(first: SpanLike, second: SpanLike, *, mode: str = "strict") -> float:

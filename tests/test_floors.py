@@ -33,6 +33,7 @@ FLOORS = {
 }
 # Commands that are run with `python -m` and that use the package as its users do: they may use the face.
 COMMANDS = (
+    "evaluation/answer_grounding.py",
     "evaluation/answer_questions.py",
     "evaluation/bench.py",
     "evaluation/demo.py",
