@@ -7,19 +7,10 @@ import numpy as np
 
 from longvideo.evaluation.corpus import all_questions, make_scene
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
+from longvideo.tiny_training.conversations import HARMLESS_KINDS, MAX_TURNS, NOTHING, choose_questions
 from longvideo.tiny_training.models import TINY_MODELS
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
-from longvideo.tiny_training.train import (
-    ALL_KINDS,
-    HARMLESS_KINDS,
-    MAX_TURNS,
-    NOTHING,
-    PICTURES,
-    STAGES,
-    CorpusConversations,
-    choose_questions,
-    stages_of,
-)
+from longvideo.tiny_training.train import ALL_KINDS, PICTURES, STAGES, CorpusConversations, stages_of
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))
 

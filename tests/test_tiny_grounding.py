@@ -1,0 +1,125 @@
+"""What the tiny LLaVA-ST is taught: rows of the paper's three stages, shorter stages, and what can be left out."""
+
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from longvideo.evaluation.corpus import GROUNDING_TASKS, make_groundings, make_scene
+from longvideo.evaluation.corpus.grounding import IMAGE_TASKS
+from longvideo.tiny_training.grounding_stages import (
+    BATCH_SIZE,
+    GROUNDING_STAGES,
+    MOST_TURNS,
+    TURNS,
+    GroundingConversations,
+    choose_groundings,
+    without_seconds,
+)
+from longvideo.tiny_training.models import TINY_MODELS, begin_llava_st_stage
+from longvideo.tiny_training.train import BATCH_SIZE as TRAINED_BATCH_SIZE
+from longvideo.tiny_training.train import main, scale_stage, stages_of, train
+
+FORMS = {"picture", "caption", "events", "questions", *GROUNDING_TASKS}
+
+
+def rows_of(form: str, num: int = 4, **changes: object) -> list[dict]:
+    stage = replace(GROUNDING_STAGES[2], shares=((form, 1.0),), num_videos=30, **changes)
+    data = GroundingConversations(stage, size=16, num_frames=20, first_seed=0)
+    return [data[index] for index in range(num)]
+
+
+def texts(row: dict, role: str) -> list[str]:
+    return [turn["content"][-1]["text"] for turn in row["messages"] if turn["role"] == role]
+
+
+def test_stages_are_those_of_the_paper() -> None:
+    assert stages_of(TINY_MODELS["llava_st"]) == GROUNDING_STAGES
+    asked = [{name for name, _ in stage.shares} for stage in GROUNDING_STAGES]
+    assert not asked[0] & set(GROUNDING_TASKS) and not GROUNDING_STAGES[0].lape
+    assert asked[1] & set(GROUNDING_TASKS) == {"rec", "reg", "tvg", "tr"}
+    assert asked[2] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[1:])
+    for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
+        assert names <= FORMS and sum(share for _, share in stage.shares) == pytest.approx(1)
+        assert stage.num_videos % BATCH_SIZE == 0
+    # Batches are of one form only when both count them alike.
+    assert BATCH_SIZE == TRAINED_BATCH_SIZE
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_rows_of_every_form(form: str) -> None:
+    rows = rows_of(form)
+    for row in rows:
+        visual = row["messages"][0]["content"][0]
+        is_image = form in IMAGE_TASKS or form == "picture"
+        assert visual["type"] == ("image" if is_image else "video")
+        if not is_image:
+            assert visual["video"].shape == (20, 16, 16, 3)
+            # Frames lie from end to end, as the processor of LLaVA-ST samples them.
+            assert visual["timestamps"][0] == 0 and visual["timestamps"][-1] == visual["duration"] - 1 / 8
+        roles = [turn["role"] for turn in row["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert 1 <= len(roles) // 2 <= max(MOST_TURNS, 5)
+        answers = " ".join(texts(row, "assistant"))
+        assert answers and ("OUTPUT" in answers) == (form in GROUNDING_TASKS and form not in ("reg", "tr"))
+        assert "second" not in answers
+    assert [texts(row, "assistant") for row in rows_of(form)] == [texts(row, "assistant") for row in rows]
+
+
+def test_rows_of_a_batch_have_one_form() -> None:
+    stage = replace(GROUNDING_STAGES[2], num_videos=5 * BATCH_SIZE)
+    data = GroundingConversations(stage, size=16, num_frames=20, first_seed=0)
+    for batch in range(3):
+        kinds = set()
+        for index in range(batch * BATCH_SIZE, (batch + 1) * BATCH_SIZE):
+            row = data[index]
+            coordinates = {re.sub(r"[0-9.]", "", tag) for tag in re.findall(r"<[^>]*>", texts(row, "assistant")[0])}
+            kinds.add((row["messages"][0]["content"][0]["type"], frozenset(coordinates)))
+        assert len(kinds) == 1
+
+
+def test_turns_of_a_conversation_are_about_different_shapes() -> None:
+    sorts: Counter[str] = Counter()
+    for seed in range(60):
+        pool = make_groundings(make_scene(seed), ["tvg"], size=(16, 16))
+        chosen = choose_groundings(pool, MOST_TURNS, random.Random(seed))
+        assert len({item.subject for item in chosen}) == len(chosen) <= MOST_TURNS
+        assert bool(chosen) == bool(pool)
+        sorts.update(item.bucket for item in chosen)
+    assert set(sorts) == {"seen", "moves", "coloured", "letter"}
+    assert len(choose_groundings(pool * 2, TURNS["stvg"], random.Random(0))) <= TURNS["stvg"]
+
+
+def test_captions_lose_their_times() -> None:
+    text = "0 seconds : red circle left ; 1 second : nothing ; 12 seconds : letter X ."
+    assert without_seconds(text) == "red circle left ; nothing ; letter X ."
+
+
+def test_stages_can_be_shorter() -> None:
+    stage = scale_stage(GROUNDING_STAGES[0], 0.3)
+    assert stage.num_videos == 0.3 * GROUNDING_STAGES[0].num_videos and stage.warmup_steps == 15
+    assert scale_stage(GROUNDING_STAGES[0], 1e-6).num_videos == BATCH_SIZE
+    assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
+
+
+@pytest.mark.parametrize(("without", "wanted"), [((), [False, True, True]), (("lape",), [False] * 3)])
+def test_position_embeddings_begin_with_the_second_stage(without, wanted) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(use_lape=True))
+    found = []
+    for stage in GROUNDING_STAGES:
+        begin_llava_st_stage(model, stage, without)
+        found.append(model.config.use_lape)
+    assert found == wanted
+
+
+def test_what_cannot_be_left_out(tmp_path, capsys) -> None:
+    assert TINY_MODELS["llava_st"].ablations == ("lape", "packer")
+    with pytest.raises(ValueError, match=r"longvu cannot be trained without \['lape'\]; it has no switches"):
+        train("longvu", tmp_path, minutes=0, seed=0, without=("lape",))
+    with pytest.raises(ValueError, match="scale is 0"):
+        train("llava_st", tmp_path, minutes=0, seed=0, scale=0)
+    assert main(["llava_st", "--out", str(tmp_path), "--without", "ntp"]) == 2
+    assert "cannot be trained without ['ntp']; it has ['lape', 'packer']" in capsys.readouterr().err
