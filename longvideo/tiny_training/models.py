@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     Dinov2Config,
@@ -38,6 +39,7 @@ from longvideo.processing.shared.timestamps import TIME_MESSAGE
 from longvideo.processing.videochat_flash.image_processing_videochat_flash import VideoChatFlashImageProcessor
 from longvideo.processing.videochat_flash.processing_videochat_flash import VideoChatFlashProcessor
 from longvideo.processing.videochat_flash.video_processing_videochat_flash import VideoChatFlashVideoProcessor
+from longvideo.tiny_training.connector import LongVUConnector
 from longvideo.tiny_training.grounding_stages import GROUNDING_STAGES, GroundingConversations, GroundingStage
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TowerLessons
 
@@ -66,6 +68,8 @@ class TinyModel:
         stages: its own stages in place of the common ones.
         make_rows: makes the rows of such a stage, as `CorpusConversations` does of a common one.
         begin_stage: called with model, stage and what is left out before a stage begins.
+        connector: gives the last layer of what joins towers and decoder, whose output is brought to the length of the
+            words' embeddings before the first stage, and which then learns more slowly than the decoder.
         ablations: what can be left out; `build` takes `use_NAME=False` for each.
     """
 
@@ -77,6 +81,7 @@ class TinyModel:
     stages: tuple[Any, ...] = ()
     make_rows: Callable[..., Dataset] | None = None
     begin_stage: Callable[[PreTrainedModel, Any, Sequence[str]], None] | None = None
+    connector: Callable[[PreTrainedModel], nn.Linear] | None = None
     ablations: tuple[str, ...] = ()
 
 
@@ -348,6 +353,11 @@ def encode_frames(tower: PreTrainedModel, clips: torch.Tensor) -> torch.Tensor:
     return features[:, -num_patches:].unflatten(0, clips.shape[:2]).flatten(1, 2)
 
 
+def last_connector_layer(model: PreTrainedModel) -> nn.Linear:
+    """Gives the last layer of the projector."""
+    return model.model.multi_modal_projector.linear_2
+
+
 TINY_MODELS = {
     "videochat_flash": TinyModel(
         build_videochat_flash,
@@ -390,10 +400,21 @@ TINY_MODELS = {
                 # What it is for is told apart early: whether frames show the same.
                 phases=(replace(IMAGES, num_steps=500),),
             ),
+            TowerLessons(
+                "connector",
+                tower=LongVUConnector,
+                encode=LongVUConnector.encode,
+                statistics=lambda processor: (
+                    processor.video_processor.image_mean,
+                    processor.video_processor.image_std,
+                ),
+                phases=(replace(IMAGES, batch_size=64, num_steps=1000, learning_rate=2e-3, centre_weight=20.0),),
+            ),
         ),
         FRAME_SIZE,
         NUM_FRAMES,
         pictures_first=True,
+        connector=last_connector_layer,
     ),
     "llava_st": TinyModel(
         build_llava_st,
@@ -415,6 +436,7 @@ TINY_MODELS = {
         stages=GROUNDING_STAGES,
         make_rows=GroundingConversations,
         begin_stage=begin_llava_st_stage,
+        connector=last_connector_layer,
         ablations=("lape", "packer"),
     ),
 }

@@ -38,6 +38,7 @@ class Phase:
         learning_rate: peak rate; it falls to a twentieth.
         warmup_steps: steps with a rising rate.
         targets: what is asked.
+        centre_weight: weight of the mean distance between told and true centres.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Phase:
     learning_rate: float
     warmup_steps: int
     targets: tuple[str, ...]
+    centre_weight: float = 4.0
 
 
 # Single frames first: a step then sees over a hundred different pictures instead of a few videos. For the same reason
@@ -210,7 +212,7 @@ def _run_phase(
             accuracy[name] = round(correct, 3)
         known = ~centres.isnan()
         errors = (heads["centres"](features).flatten() - centres.flatten()).abs()[known.flatten()]
-        losses.append(4 * errors.mean())
+        losses.append(phase.centre_weight * errors.mean())
         accuracy["centre_error"] = round(errors.mean().item(), 3)
         total = torch.stack(losses).sum()
         optimizer.zero_grad()

@@ -33,6 +33,7 @@ from longvideo.evaluation.corpus import (
     render_frames,
     sample_times,
 )
+from longvideo.tiny_training.connector import calibrate
 from longvideo.tiny_training.conversations import (
     CAPTION_REQUEST,
     EVENTS_REQUEST,
@@ -44,10 +45,13 @@ from longvideo.tiny_training.conversations import (
 )
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
 from longvideo.tiny_training.tower import pretrain_tower
+from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 BATCH_SIZE = 8
+CONNECTOR_RATE = 0.3
+NUM_CALIBRATION_ROWS = 32
 # A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
 # and times are learned slowly.
 ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
@@ -244,6 +248,7 @@ def run_stage(
         lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup_steps,
         trainable_parts=list(stage.trainable_parts),
+        connector_learning_rate=stage.learning_rate * CONNECTOR_RATE if spec.connector is not None else None,
         vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
         weight_decay=0.01,
         adam_beta2=0.98,
@@ -303,6 +308,22 @@ def _teach_towers(
         path.with_suffix(".partial").rename(path)
 
 
+def _calibrate_connector(spec: TinyModel, model: PreTrainedModel, processor: ProcessorMixin, *, seed: int) -> None:
+    """Brings visual features, as rows of the first stage have them, to the length of the words' embeddings."""
+    rows = (spec.make_rows or CorpusConversations)(
+        stages_of(spec)[0], size=spec.frame_size, num_frames=spec.num_frames, first_seed=seed * 10_000_000 + 9_000_000
+    )
+    collate = VideoSFTCollator(processor)
+    model.eval()
+
+    def run() -> None:
+        for start in range(0, NUM_CALIBRATION_ROWS, BATCH_SIZE):
+            model(**collate([rows[index] for index in range(start, start + BATCH_SIZE)]), use_cache=False)
+
+    length = model.get_input_embeddings().weight.norm(dim=1).mean().item()
+    calibrate(spec.connector(model), run, length=length)
+
+
 def train(
     name: str, out: Path, *, minutes: float, seed: int, scale: float = 1.0, without: Sequence[str] = ()
 ) -> Path | None:
@@ -333,6 +354,8 @@ def train(
         raise ValueError(f"scale is {scale}, expected a positive factor of the length of the stages")
     model, processor = spec.build(**{f"use_{part}": False for part in without})
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
+    if spec.connector is not None:
+        _calibrate_connector(spec, model, processor, seed=seed)
     first_seed = seed * 10_000_000
     for stage in stages_of(spec):
         if scale != 1:
