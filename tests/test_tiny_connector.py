@@ -1,4 +1,4 @@
-"""What joins towers and decoder before training: features of the length of a word, lessons that leave the towers alone."""
+"""What joins towers and decoder before training: features as long as words, lessons that leave the towers alone."""
 
 import pytest
 import torch
