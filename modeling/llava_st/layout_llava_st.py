@@ -47,11 +47,8 @@ def read_weight(module: nn.Module) -> torch.Tensor:
         module: a linear map or an embedding, maybe wrapped by PEFT, maybe offloaded by accelerate.
 
     Returns:
-        Its weight, with what PEFT trains of single rows merged in.
+        Its weight; PEFT's wrapper of single rows merges them in by itself.
     """
-    adapter = getattr(module, "token_adapter", module)
-    if hasattr(adapter, "get_merged_weights") and hasattr(adapter, "active_adapters"):
-        return adapter.get_merged_weights(adapter.active_adapters)
     weight = module.weight
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     return weights_map["weight"] if weight.is_meta and weights_map is not None else weight

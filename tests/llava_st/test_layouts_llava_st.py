@@ -268,10 +268,13 @@ def test_single_rows_of_coordinates_can_be_trained():
     frames = {"pixel_values_videos": inputs["pixel_values_videos"]}
     with torch.no_grad():
         before = model.get_video_features(**frames).pooler_output[0]
+        rows_before = model.model.input_rows(), model.output_rows().clone()
         for name, parameter in adapted.named_parameters():
             if "trainable_tokens_delta" in name:
                 parameter += 1
         after = model.get_video_features(**frames).pooler_output[0]
+        for found, row in zip((model.model.input_rows(), model.output_rows()), rows_before, strict=True):
+            torch.testing.assert_close(found, row + 1, atol=1e-5, rtol=1e-5)  # a sum in fp32
     # Position embeddings see rows that an adapter trains, on both sides.
     assert not torch.allclose(before, after)
     adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
