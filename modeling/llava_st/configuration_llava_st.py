@@ -253,8 +253,9 @@ class LlavaSTConfig(PreTrainedConfig):
     @property
     def num_logits(self) -> int:
         """Columns of the logits: one per token, coordinates included."""
-        beside = self.num_coordinate_tokens if self.coordinate_layout == "split" else 0
-        return self.text_config.vocab_size + beside
+        if self.coordinate_layout == "split" and self.num_coordinate_tokens:
+            return self.coordinate_token_start + self.num_coordinate_tokens
+        return self.text_config.vocab_size
 
     @property
     def num_image_positions(self) -> int:

@@ -125,7 +125,13 @@ class LlavaSTGenerationMixin(GenerationMixin):
         values = kwargs.pop("coordinate_values", None)
         if features or pixels or values is not None:
             kwargs = self._prepare_prompt(kwargs, values, mm_encoder_outputs=features, **pixels)
-        return super().generate(None, generation_config, *args, **kwargs)
+        with self.all_tokens_counted():
+            return super().generate(None, generation_config, *args, **kwargs)
+
+    def compute_transition_scores(self, *args, **kwargs) -> torch.Tensor:
+        """Computes scores of generated tokens as upstream does, over all columns of the logits."""
+        with self.all_tokens_counted():
+            return super().compute_transition_scores(*args, **kwargs)
 
     def _prepare_prompt(self, kwargs: dict, values: torch.Tensor | None, **visual) -> dict:
         """Returns the arguments of `generate` with the embeddings of the prompt beside its ids."""

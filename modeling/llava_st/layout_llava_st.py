@@ -5,6 +5,10 @@ Everything else asks `LlavaSTVocabularyMixin`, so both layouts compute the same.
 Shapes: M rows of one table, C rows of all three axes together, D language width, V rows of embedding and head.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -17,6 +21,7 @@ logger = logging.get_logger(__name__)
 EMBEDDING_KEY = "model.language_model.embed_tokens.weight"
 HEAD_KEY = "lm_head.weight"
 TABLE_PREFIX = "model.coordinates."
+_COUNTING = threading.Lock()
 
 
 class LlavaSTCoordinates(nn.Module):
@@ -245,6 +250,27 @@ class LlavaSTLayoutMixin:
         self.model.set_tied_tables()
         self.tie_weights()
         return self
+
+    @contextmanager
+    def all_tokens_counted(self) -> Iterator[None]:
+        """Lets the text configuration count coordinates too, in either layout.
+
+        Beam search and scores of beams take the number of columns from there. Several threads may be inside.
+        """
+        text_config, total = self.config.text_config, self.config.num_logits
+        with _COUNTING:
+            inside, own = getattr(text_config, "_all_tokens_counted", (0, text_config.vocab_size))
+            text_config._all_tokens_counted, text_config.vocab_size = (inside + 1, own), total
+        try:
+            yield
+        finally:
+            with _COUNTING:
+                inside, own = text_config._all_tokens_counted
+                if inside > 1:
+                    text_config._all_tokens_counted = (inside - 1, own)
+                else:
+                    del text_config._all_tokens_counted
+                    text_config.vocab_size = own
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

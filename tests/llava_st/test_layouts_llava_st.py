@@ -60,6 +60,13 @@ def test_both_layouts_compute_the_same(options):
     torch.testing.assert_close(outputs[1].logits, outputs[0].logits, atol=1e-5, rtol=1e-5)
     for generation in (GREEDY, {**GREEDY, "num_beams": 3}, {**GREEDY, "prefill_chunk_size": 9}):
         assert torch.equal(split.generate(**inputs, **generation), folded.generate(**inputs, **generation))
+    beams = {**GREEDY, "num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    scores = []
+    for model in (folded, split):
+        found = model.generate(**inputs, **beams)
+        scores.append(model.compute_transition_scores(found.sequences, found.scores, found.beam_indices))
+    torch.testing.assert_close(scores[1], scores[0], atol=1e-5, rtol=1e-5)
+    assert split.config.text_config.vocab_size == 275
     for output in outputs:
         output.loss.backward()
     embedding = folded.get_input_embeddings().weight.grad
