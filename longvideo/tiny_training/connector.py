@@ -79,25 +79,31 @@ def dino_pixels(frames: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def calibrate(layer: nn.Linear, run: Callable[[], object], *, length: float) -> None:
-    """Makes what a linear layer gives vary around zero, by as much as asked.
+def calibrate(layer: nn.Linear, run: Callable[[], object], *, length: float, floor: float = 0.03) -> None:
+    """Makes what a linear layer gives vary around zero, by as much as asked and about equally in all directions.
 
-    A residual stream is only changed by what is of its own size: features that are many times longer than the words'
-    embeddings stay what they are through all layers, and nothing that is added to them is seen.
+    A decoder finds a thing by what it looks for only where that makes up a good part of a feature. Straight from the
+    lessons whole frames of letters differ most, then colours; shapes hardly show, and would be found last or never.
 
     Args:
         layer: last layer of the connector, with a bias; changed in place.
         run: runs the model on some inputs.
         length: root of the mean square distance of a feature from the mean, afterwards.
+        floor: variance, as a part of the mean one, below which a direction is not enlarged: it holds noise.
     """
     seen: list[torch.Tensor] = []
-    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.flatten(0, -2).float()))
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output.flatten(0, -2).double()))
     try:
         run()
     finally:
         handle.remove()
     features = torch.cat(seen)
     mean = features.mean(0)
-    factor = length / (features - mean).norm(dim=1).pow(2).mean().sqrt()
-    layer.weight.mul_(factor)
-    layer.bias.sub_(mean).mul_(factor)
+    distances = features - mean
+    variances, directions = torch.linalg.eigh(distances.T @ distances / len(features))
+    shrunk = (variances.clamp_min(0) + floor * variances.mean()).rsqrt()
+    # Turned back into the old directions, so that little else changes.
+    change = directions * shrunk @ directions.T
+    change *= length / (distances @ change).norm(dim=1).pow(2).mean().sqrt()
+    layer.weight.copy_(change @ layer.weight.double())
+    layer.bias.copy_(change @ (layer.bias.double() - mean))

@@ -51,7 +51,7 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 BATCH_SIZE = 8
 CONNECTOR_RATE = 0.3
-NUM_CALIBRATION_ROWS = 32
+NUM_CALIBRATION_ROWS = 256
 # A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
 # and times are learned slowly.
 ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
