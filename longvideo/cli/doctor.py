@@ -36,9 +36,10 @@ PURPOSE = {
     "liger-kernel": "fused training kernels on CUDA",
     "flash-attn": 'attn_implementation="flash_attention_2"',
     "torchcodec": "another decoder",
+    "pycocoevalcap": "BLEU, METEOR, ROUGE-L and CIDEr of captions",
 }
 IMPORT_NAMES = {"liger-kernel": "liger_kernel", "flash-attn": "flash_attn"}
-OPTIONAL_EXTRAS = ("train", "liger", "flash")
+OPTIONAL_EXTRAS = ("train", "liger", "flash", "captions")
 
 
 @dataclass(frozen=True)

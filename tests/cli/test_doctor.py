@@ -44,14 +44,14 @@ def test_versions_come_from_the_declared_ranges() -> None:
     wanted = doctor.read_requirements()
     assert "transformers>=5.17,<6" in wanted.needed
     assert wanted.python == ">=3.11,<3.14"
-    assert set(wanted.extras) == {"train", "liger", "flash"}
+    assert set(wanted.extras) == {"train", "liger", "flash", "captions"}
 
 
 def test_installed_metadata_gives_the_same_ranges_as_the_checkout() -> None:
     lines = ["torch>=2.6", "transformers<6,>=5.17", 'peft>=0.19; extra == "train"', 'ruff>=0.9; extra == "dev"']
     found = doctor._from_metadata(">=3.11,<3.14", lines)
     assert found.needed == ("torch>=2.6", "transformers<6,>=5.17")
-    assert found.extras == {"train": ("peft>=0.19",), "liger": (), "flash": ()}
+    assert found.extras == {"train": ("peft>=0.19",), "liger": (), "flash": (), "captions": ()}
 
 
 def test_a_missing_package_names_the_command_that_brings_it() -> None:
