@@ -8,17 +8,16 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    ChannelDimension,
     PILImageResampling,
     SizeDict,
 )
 
-from longvideo.processing.shared.image_inputs import image_to_tensor, load_images
+from longvideo.processing.shared.image_inputs import ImageInputs
 from longvideo.processing.shared.pixels import resize_exact
 from longvideo.processing.shared.video_options import pil_filter
 
 
-class LlavaSTImageProcessor(TorchvisionBackend):
+class LlavaSTImageProcessor(ImageInputs, TorchvisionBackend):
     """Stretches images to the size of the tower and normalises them.
 
     The aspect ratio is not kept, so fractions of a picture's width and height are the same before and after.
@@ -38,38 +37,6 @@ class LlavaSTImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_convert_rgb = True
     model_input_names = ["pixel_values"]
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths and addresses with PIL, whose JPEG decoder the original used; leave loaded images alone.
-
-        Args:
-            image_url_or_urls: Image, path, address, or nested lists of them.
-
-        Returns:
-            The same structure with loaded images.
-        """
-        return load_images(image_url_or_urls)
-
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: "torch.device | None" = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Bring one image into the form (C, H, W), three channels with `do_convert_rgb`.
-
-        Args:
-            image: PIL picture, array or tensor.
-            do_convert_rgb: Whether to turn other modes (grey, palette, alpha) into RGB.
-            input_data_format: "channels_first" or "channels_last" for arrays; guessed when None.
-            device: Where the result lies.
-
-        Returns:
-            (C, H, W) tensor with the values of the image.
-        """
-        return image_to_tensor(image, do_convert_rgb=do_convert_rgb, data_format=input_data_format, device=device)
 
     def _preprocess(
         self,

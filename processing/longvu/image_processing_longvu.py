@@ -10,14 +10,13 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
-    ChannelDimension,
     PILImageResampling,
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
 
 from longvideo.processing.longvu.tower_pixels import exact_size, square_pixels, tower_settings
-from longvideo.processing.shared.image_inputs import image_to_tensor, load_images
+from longvideo.processing.shared.image_inputs import ImageInputs
 from longvideo.processing.shared.video_options import pil_filter
 
 
@@ -35,7 +34,7 @@ class LongVUImageProcessorKwargs(ImagesKwargs, total=False):
     dino_image_std: float | list | tuple | None
 
 
-class LongVUImageProcessor(TorchvisionBackend):
+class LongVUImageProcessor(ImageInputs, TorchvisionBackend):
     """Pads images to squares, resizes and normalises them, once for each tower.
 
     Output: `pixel_values` (images, C, S, S) for SigLIP, `pixel_values_dino` (images, C, S', S') for DINOv2, and
@@ -79,38 +78,6 @@ class LongVUImageProcessor(TorchvisionBackend):
         )
         siglip["pixel_values_dino"] = dino["pixel_values"]
         return siglip
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths and addresses with PIL, whose JPEG decoder the original used; leave loaded images alone.
-
-        Args:
-            image_url_or_urls: Image, path, address, or nested lists of them.
-
-        Returns:
-            The same structure with loaded images.
-        """
-        return load_images(image_url_or_urls)
-
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: "torch.device | None" = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Bring one image into the form (C, H, W), three channels with `do_convert_rgb`.
-
-        Args:
-            image: PIL picture, array or tensor.
-            do_convert_rgb: Whether to turn other modes (grey, palette, alpha) into RGB.
-            input_data_format: "channels_first" or "channels_last" for arrays; guessed when None.
-            device: Where the result lies.
-
-        Returns:
-            (C, H, W) tensor with the values of the image.
-        """
-        return image_to_tensor(image, do_convert_rgb=do_convert_rgb, data_format=input_data_format, device=device)
 
     def _preprocess(
         self,

@@ -63,3 +63,39 @@ def image_to_tensor(
     if do_convert_rgb and pixels.shape[0] != 3:
         pixels = pixels[:1].expand(3, -1, -1) if pixels.shape[0] < 3 else pixels[:3]
     return pixels.contiguous().to(device) if device is not None else pixels.contiguous()
+
+
+class ImageInputs:
+    """How image processors read images of any form; to be named before the base class of transformers."""
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Load paths and addresses with PIL, whose JPEG decoder the originals used; leave loaded images alone.
+
+        Args:
+            image_url_or_urls: Image, path, address, or nested lists of them.
+
+        Returns:
+            The same structure with loaded images.
+        """
+        return load_images(image_url_or_urls)
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        device: "torch.device | None" = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Bring one image into the form (C, H, W), three channels with `do_convert_rgb`.
+
+        Args:
+            image: PIL picture, array or tensor.
+            do_convert_rgb: Whether to turn other modes (grey, palette, alpha) into RGB.
+            input_data_format: "channels_first" or "channels_last" for arrays; guessed when None.
+            device: Where the result lies.
+
+        Returns:
+            (C, H, W) tensor with the values of the image.
+        """
+        return image_to_tensor(image, do_convert_rgb=do_convert_rgb, data_format=input_data_format, device=device)

@@ -8,13 +8,12 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
-    ChannelDimension,
     PILImageResampling,
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs
 
-from longvideo.processing.shared.image_inputs import image_to_tensor, load_images
+from longvideo.processing.shared.image_inputs import ImageInputs
 from longvideo.processing.shared.pixels import best_resolution, cut_tiles, pad_to_square, resize_exact
 
 ASPECT_RATIOS = ("anyres_nopad", "pad", "square")
@@ -38,7 +37,7 @@ class VideoChatFlashImageProcessorKwargs(ImagesKwargs, total=False):
     images_per_sample: list | None
 
 
-class VideoChatFlashImageProcessor(TorchvisionBackend):
+class VideoChatFlashImageProcessor(ImageInputs, TorchvisionBackend):
     """Turns images into tiles of one size and says how many rows and columns each image has.
 
     Output: `pixel_values` (tiles of all images, C, S, S) and `image_grids` (images, 2) int64 with (rows, cols) of the
@@ -79,38 +78,6 @@ class VideoChatFlashImageProcessor(TorchvisionBackend):
         if nested and kwargs.get("images_per_sample") is None:
             kwargs["images_per_sample"] = [len(entry) if isinstance(entry, list | tuple) else 1 for entry in images]
         return super().preprocess(images, *args, **kwargs)
-
-    def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Load paths and addresses with PIL, whose JPEG decoder the original used; leave loaded images alone.
-
-        Args:
-            image_url_or_urls: Image, path, address, or nested lists of them.
-
-        Returns:
-            The same structure with loaded images.
-        """
-        return load_images(image_url_or_urls)
-
-    def process_image(
-        self,
-        image: Any,
-        do_convert_rgb: bool | None = None,
-        input_data_format: str | ChannelDimension | None = None,
-        device: "torch.device | None" = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Bring one image into the form (C, H, W), three channels with `do_convert_rgb`.
-
-        Args:
-            image: PIL picture, array or tensor.
-            do_convert_rgb: Whether to turn other modes (grey, palette, alpha) into RGB.
-            input_data_format: "channels_first" or "channels_last" for arrays; guessed when None.
-            device: Where the result lies.
-
-        Returns:
-            (C, H, W) tensor with the values of the image.
-        """
-        return image_to_tensor(image, do_convert_rgb=do_convert_rgb, data_format=input_data_format, device=device)
 
     def _preprocess(
         self,
