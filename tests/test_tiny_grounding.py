@@ -27,7 +27,7 @@ FORMS = {"picture", "caption", "events", "questions", *GROUNDING_TASKS}
 
 
 def rows_of(form: str, num: int = 4, **changes: object) -> list[dict]:
-    stage = replace(GROUNDING_STAGES[2], shares=((form, 1.0),), num_videos=30, **changes)
+    stage = replace(GROUNDING_STAGES[-1], shares=((form, 1.0),), num_videos=30, **changes)
     data = GroundingConversations(stage, size=16, num_frames=20, first_seed=0)
     return [data[index] for index in range(num)]
 
@@ -40,8 +40,9 @@ def test_stages_are_those_of_the_paper() -> None:
     assert stages_of(TINY_MODELS["llava_st"]) == GROUNDING_STAGES
     asked = [{name for name, _ in stage.shares} for stage in GROUNDING_STAGES]
     assert not asked[0] & set(GROUNDING_TASKS) and not GROUNDING_STAGES[0].lape
-    assert asked[1] & set(GROUNDING_TASKS) == {"rec", "reg", "tvg", "tr"}
-    assert asked[2] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[1:])
+    for names in asked[1:-1]:
+        assert names & set(GROUNDING_TASKS) == {"rec", "reg", "tvg", "tr"}
+    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[1:])
     for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
         assert names <= FORMS and sum(share for _, share in stage.shares) == pytest.approx(1)
         assert stage.num_videos % BATCH_SIZE == 0
@@ -69,8 +70,15 @@ def test_rows_of_every_form(form: str) -> None:
     assert [texts(row, "assistant") for row in rows_of(form)] == [texts(row, "assistant") for row in rows]
 
 
+def test_pictures_show_one_shape_before_they_are_crowded() -> None:
+    turns = [len(row["messages"]) // 2 for row in rows_of("rec", 20)]
+    assert sum(turns) >= 1.8 * len(turns) and max(turns) == MOST_TURNS
+    alone = rows_of("rec", 20, pictures=GROUNDING_STAGES[1].pictures)
+    assert {len(row["messages"]) for row in alone} == {2}
+
+
 def test_rows_of_a_batch_have_one_form() -> None:
-    stage = replace(GROUNDING_STAGES[2], num_videos=5 * BATCH_SIZE)
+    stage = replace(GROUNDING_STAGES[-1], num_videos=5 * BATCH_SIZE)
     data = GroundingConversations(stage, size=16, num_frames=20, first_seed=0)
     for batch in range(3):
         kinds = set()
@@ -105,7 +113,7 @@ def test_stages_can_be_shorter() -> None:
     assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
 
 
-@pytest.mark.parametrize(("without", "wanted"), [((), [False, True, True]), (("lape",), [False] * 3)])
+@pytest.mark.parametrize(("without", "wanted"), [((), [False, True, True, True]), (("lape",), [False] * 4)])
 def test_position_embeddings_begin_with_the_second_stage(without, wanted) -> None:
     model = SimpleNamespace(config=SimpleNamespace(use_lape=True))
     found = []

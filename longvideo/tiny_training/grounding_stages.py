@@ -1,7 +1,7 @@
 """What the tiny LLaVA-ST is taught: the paper's three stages, on pictures and videos of the corpus.
 
 First captions and plain answers, without coordinates and without their position embeddings; then places in pictures
-and times in videos; then everything, with shapes followed through time.
+and times in videos, of one shape alone before there are several; then everything, with shapes followed through time.
 """
 
 import random
@@ -41,6 +41,11 @@ MOST_TURNS = 4
 PLAIN_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 3 + ("order",) * 2
 # Where scenes do not allow what is asked, the next try is so many scenes away: no other row begins there.
 NEXT_TRY = 1 << 32
+# One shape alone is found, and its place read off, within two hundred batches; among several that takes far longer.
+ALONE = Difficulty(shapes=(1,), timed=False, move=0.4, change=0.3, needle=0.0)
+ALONE_FOR_A_WHILE = Difficulty(shapes=(1,), move=0.5, change=0.5, needle=0.2)
+# In most frames of other scenes there is one shape; here every frame has several to ask for.
+CROWDED = Difficulty(shapes=(1, 2, 3, 4), timed=False, move=0.4, change=0.3, needle=0.0)
 # Videos with more movement and change than most, for what happens in a part of them.
 LIVELY = Difficulty(shapes=(1, 2, 2, 3), move=0.7, change=0.6, needle=0.3)
 
@@ -59,6 +64,7 @@ class GroundingStage:
             (short answers), or a task of the corpus.
         first_third: what the scenes of the first third contain.
         difficulty: what the others contain.
+        pictures: what the scenes contain whose pictures are asked about places.
         lape: whether position embeddings are added; the paper's first stage has none (rho = 0).
         trainable_parts: what learns; see `VideoSFTConfig`.
     """
@@ -71,6 +77,7 @@ class GroundingStage:
     shares: tuple[tuple[str, float], ...]
     first_third: str | Difficulty = "full"
     difficulty: str | Difficulty = "full"
+    pictures: str | Difficulty = CROWDED
     lape: bool = True
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
 
@@ -87,12 +94,23 @@ GROUNDING_STAGES = (
         lape=False,
     ),
     GroundingStage(
-        "2-places-and-times",
-        11_200,
+        "2a-one-shape",
+        6_400,
         1e-3,
         "constant_with_warmup",
         20,
-        (("rec", 0.25), ("reg", 0.1), ("picture", 0.05), ("tvg", 0.4), ("tr", 0.1), ("events", 0.1)),
+        (("rec", 0.48), ("reg", 0.04), ("tvg", 0.44), ("tr", 0.04)),
+        first_third=ALONE_FOR_A_WHILE,
+        difficulty=ALONE_FOR_A_WHILE,
+        pictures=ALONE,
+    ),
+    GroundingStage(
+        "2b-places-and-times",
+        9_600,
+        1e-3,
+        "constant_with_warmup",
+        20,
+        (("rec", 0.3), ("reg", 0.08), ("picture", 0.04), ("tvg", 0.44), ("tr", 0.1), ("events", 0.04)),
         first_third="medium",
     ),
     GroundingStage(
@@ -138,6 +156,8 @@ class GroundingConversations(Dataset):
         names, weights = zip(*stage.shares, strict=True)
         form = random.Random(f"grounding batch {seed // BATCH_SIZE}").choices(names, weights)[0]
         difficulty = stage.first_third if index < len(self) // 3 else stage.difficulty
+        if form in IMAGE_TASKS:
+            difficulty = stage.pictures
         while True:
             messages = self._messages(make_scene(seed, "train", difficulty=difficulty), form)
             if messages:

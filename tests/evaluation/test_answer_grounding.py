@@ -67,10 +67,10 @@ def test_missing_and_broken_answers_score_zero(rows, processor) -> None:
 
 def test_scores_by_hand() -> None:
     row = {"task": "stvg", "size": [100, 100], "duration": 10.0, "caption": None, "box": None, "span": [2.0, 6.0]}
-    row["tube"] = {"times": [2.0, 4.0, 6.0], "boxes": [[0, 0, 10, 10]] * 3}
+    row["tube"] = {"times": [2.0, 4.0, 6.0], "boxes": [[0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 10]]}
     half = Box(0, 0, 5, 10)
     # The first time is none of the sampled ones and counts for the nearest; the last one lies outside of the truth.
-    found = GroundingResult("", spans=(Span(4.0, 8.0),), tubes=(Tube((3.9, 6.0, 8.0), (half,) * 3),))
+    found = GroundingResult("", spans=(Span(4.0, 8.0),), tubes=(Tube((2.9, 6.0, 8.0), (half,) * 3),))
     scores = score_answer(row, found, 6)
     assert scores == pytest.approx({"m_tIoU": 2 / 6, "m_sIoU": (0.5 + 0.5) / 3, "m_stIoU": 1.0 / 4})
     rec = {"task": "rec", "caption": None, "tube": None, "box": [0, 0, 10, 10]}
