@@ -20,11 +20,11 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """Make the Auto classes find the processors of LLaVA-ST; may be called any number of times."""
-    from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
+    from longvideo.processing.shared.registration import register_processors
 
-    config_class = import_module("longvideo.modeling.llava_st.configuration_llava_st").LlavaSTConfig
-    processor_class = __getattr__("LlavaSTProcessor")
-    image_class = __getattr__("LlavaSTImageProcessor")
-    AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": image_class}, exist_ok=True)
-    AutoVideoProcessor.register(config_class, __getattr__("LlavaSTVideoProcessor"), exist_ok=True)
-    AutoProcessor.register(config_class, processor_class, exist_ok=True)
+    register_processors(
+        import_module("longvideo.modeling.llava_st.configuration_llava_st").LlavaSTConfig,
+        image=__getattr__("LlavaSTImageProcessor"),
+        video=__getattr__("LlavaSTVideoProcessor"),
+        processor=__getattr__("LlavaSTProcessor"),
+    )

@@ -30,15 +30,17 @@ from longvideo.processing.llava_st.visual_blocks_llava_st import (
     write_block,
 )
 from longvideo.processing.shared.chat_templates import load_chat_template
-from longvideo.processing.shared.placeholders import check_token_budget
-from longvideo.processing.shared.processor_calls import UNMARKED, apply_template, check_items, count_kept
+from longvideo.processing.shared.processor_calls import (
+    UNMARKED,
+    check_expanded,
+)
+from longvideo.processing.shared.visual_processor import VisualProcessor
 
 CHAT_TEMPLATE = "llava_st"
 # Tokenizers without a limit of their own carry a number of about 1e30.
-UNLIMITED = 10**9
 
 
-class LlavaSTProcessor(ProcessorMixin):
+class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
     """Turns chat messages with videos, images and coordinates into the inputs of LLaVA-ST.
 
     A video becomes its fast and its slow block of positions, an image its block; in messages a visual stands in front
@@ -74,6 +76,8 @@ class LlavaSTProcessor(ProcessorMixin):
 
     Source: `preprocess_multimodal`, `preprocess_qwen` and the demo of appletea233/LLaVA-ST.
     """
+
+    model_name = "LLaVA-ST"
 
     # Every video has the model's number of frames: batches for training stack videos, (videos, F, ...).
     has_fixed_num_frames = True
@@ -242,7 +246,7 @@ class LlavaSTProcessor(ProcessorMixin):
         conversation, splits = prepare_messages(conversation, with_aliases=with_aliases)
         if kwargs.get("tokenize") and any(split is not None for split in splits):
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "split": splits}
-        return apply_template(self, super().apply_chat_template, conversation, chat_template, kwargs)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def apply_task(self, task: str, *, video: Any = None, image: Any = None, **kwargs: Any) -> list[dict[str, Any]]:
         """Write the messages of a task, with seconds and pixels turned into coordinates.
@@ -283,24 +287,6 @@ class LlavaSTProcessor(ProcessorMixin):
         if isinstance(text, list) and not kwargs.get("sanitize_control_tokens"):
             text = [write_placeholders(sample) if isinstance(sample, str) else sample for sample in text]
         return images, text, videos, audio
-
-    def validate_inputs(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> None:
-        """Check that prompts and visual items fit before anything is decoded.
-
-        Args:
-            images: Images or None.
-            text: List of prompts or None.
-            videos: Videos or None.
-            audio: Not supported by the model.
-
-        Raises:
-            ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
-        """
-        sound = audio if audio is not None else kwargs.get("audios")
-        tokens = {"image": self.image_token, "video": self.video_token}
-        check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name="LLaVA-ST")
 
     def get_text_with_replacements(
         self,
@@ -441,23 +427,12 @@ class LlavaSTProcessor(ProcessorMixin):
         return MultiModalData(**data)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
-        rows, masks = (
-            value.tolist() if hasattr(value, "tolist") else value
-            for value in (text_inputs["input_ids"], text_inputs.get("attention_mask"))
-        )
         ids = self.tokenizer.convert_tokens_to_ids
         tokens = {
             f"{'image' if 'image' in name else 'video'} ({token})": (token, ids(token))
             for name, token in VISUAL_TOKENS.items()
         }
-        visual = count_kept(text, rows, tokens=tokens)
-        limit = getattr(self.tokenizer, "model_max_length", None)
-        if limit is None or limit >= UNLIMITED:
-            return
-        lengths = map(len, rows) if masks is None else map(sum, masks)
-        for num_tokens, num_visual_tokens in zip(lengths, visual, strict=True):
-            if num_visual_tokens:
-                check_token_budget(num_tokens=num_tokens, num_visual_tokens=num_visual_tokens, max_tokens=limit)
+        check_expanded(text, text_inputs, tokens=tokens, max_tokens=getattr(self.tokenizer, "model_max_length", None))
 
     def post_process_grounding(
         self,

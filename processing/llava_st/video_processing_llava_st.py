@@ -13,7 +13,6 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
     ChannelDimension,
     PILImageResampling,
-    SizeDict,
 )
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -21,14 +20,13 @@ from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.llava_st.visual_blocks_llava_st import check_frame_count
 from longvideo.processing.shared.frame_sampling import check_rate, check_total, clip_range, spread_indices
-from longvideo.processing.shared.pixels import resize_exact
+from longvideo.processing.shared.stretched_videos import StretchedVideos
 from longvideo.processing.shared.video_inputs import channels_first, describe_array
-from longvideo.processing.shared.video_io import SourceVideoMetadata, read_video
+from longvideo.processing.shared.video_io import SourceVideoMetadata
 from longvideo.processing.shared.video_options import (
     check_limits,
     keeps_every_frame,
     list_sources,
-    pil_filter,
     sampling_wishes,
 )
 
@@ -60,7 +58,7 @@ class LlavaSTVideoProcessorKwargs(VideosKwargs, total=False):
     video_options: list | None
 
 
-class LlavaSTVideoProcessor(BaseVideoProcessor):
+class LlavaSTVideoProcessor(StretchedVideos, BaseVideoProcessor):
     """Reads, samples, stretches and normalises videos; every video becomes the same number of frames.
 
     The frames lie evenly from the first to the last one, both included, in the whole video or in its `split`. Where
@@ -125,18 +123,6 @@ class LlavaSTVideoProcessor(BaseVideoProcessor):
         return super().preprocess(
             [frames for frames, _ in read], video_metadata=[facts for _, facts in read], **kwargs
         )
-
-    def option(self, name: str, call: Mapping[str, Any]) -> Any:
-        """Look up an option, first among those given at call time.
-
-        Args:
-            name: Name of the option.
-            call: Options given at call time.
-
-        Returns:
-            Its value, or None.
-        """
-        return call[name] if call.get(name) is not None else getattr(self, name, None)
 
     def sampling_rule(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
         """Join the sampling wishes of a video block, of the call and of the processor; the nearest one wins.
@@ -291,70 +277,36 @@ class LlavaSTVideoProcessor(BaseVideoProcessor):
     ) -> tuple[torch.Tensor, SourceVideoMetadata]:
         # Frame pictures are told from videos for the error about sampling them, and then sampled all the same.
         keeps_every_frame(source, do_sample)
-        size, resample = self.option("size", call), self.option("resample", call)
-        height, width = (
-            (size.get("height"), size.get("width")) if isinstance(size, Mapping | SizeDict) else (None, None)
-        )
-        is_exact = self.option("do_resize", call) and height and width and resample == PILImageResampling.BICUBIC
 
         def choose(known: VideoMetadata) -> np.ndarray:
             if do_sample is False:
                 return np.arange(known.total_num_frames)
             return self.choose_frames(known, rule, split)
 
-        frames, facts = read_video(
-            source,
-            sample_indices_fn=choose,
-            size=(height, width) if is_exact else None,
-            start=options.get("start"),
-            end=options.get("end"),
-            backend=self.option("video_backend", call),
-            num_threads=self.option("num_threads", call),
-            progress=self.option("progress", call),
-        )
+        frames, facts = self.read_file(source, choose, options=options, call=call)
         if split is not None:
             describe_split(facts, split)
-        return torch.from_numpy(frames).permute(0, 3, 1, 2), facts
+        return frames, facts
 
-    def _preprocess(
-        self,
-        videos: list[torch.Tensor],
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_center_crop: bool,
-        crop_size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        return_tensors: Any = None,
-        do_convert_rgb: bool | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        processed = []
-        for frames_FCHW in videos:
-            if do_convert_rgb and frames_FCHW.shape[1] != 3:
-                frames_FCHW = self.convert_to_rgb(frames_FCHW)
-            if do_resize and size.height and size.width:
-                frames_FCHW = resize_exact(frames_FCHW, size.height, size.width, resample=pil_filter(resample))
-            elif do_resize:
-                frames_FCHW = self.resize(frames_FCHW, size=size, resample=resample)
-            if do_center_crop:
-                frames_FCHW = self.center_crop(frames_FCHW, crop_size)
-            processed.append(
-                self.rescale_and_normalize(
-                    frames_FCHW, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-                )
-            )
-        shapes = sorted({tuple(video.shape) for video in processed})
+    def join_videos(self, videos: list[torch.Tensor]) -> dict[str, Any]:
+        """Lay out the videos of a batch.
+
+        Args:
+            videos: (F, C, S, S) pixels of each.
+
+        Returns:
+            The videos, stacked.
+
+        Raises:
+            ValueError: Videos of several numbers or sizes of frames.
+        """
+        shapes = sorted({tuple(video.shape) for video in videos})
         if len(shapes) > 1:
             raise ValueError(
                 f"All videos of a batch must have one number and one size of frames, got (F, C, H, W) {shapes}; ask "
                 "for the same num_frames, and leave do_sample_frames and do_resize on."
             )
-        return BatchFeature({"pixel_values_videos": processed}, tensor_type=return_tensors)
+        return {"pixel_values_videos": videos}
 
 
 def count_frames(rule: Mapping[str, Any], available: int, rate: float | None) -> int:

@@ -20,11 +20,11 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """Make the Auto classes find the processors of LongVU; may be called any number of times."""
-    from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
+    from longvideo.processing.shared.registration import register_processors
 
-    config_class = import_module("longvideo.modeling.longvu.configuration_longvu").LongVUConfig
-    processor_class = __getattr__("LongVUProcessor")
-    image_class = __getattr__("LongVUImageProcessor")
-    AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": image_class}, exist_ok=True)
-    AutoVideoProcessor.register(config_class, __getattr__("LongVUVideoProcessor"), exist_ok=True)
-    AutoProcessor.register(config_class, processor_class, exist_ok=True)
+    register_processors(
+        import_module("longvideo.modeling.longvu.configuration_longvu").LongVUConfig,
+        image=__getattr__("LongVUImageProcessor"),
+        video=__getattr__("LongVUVideoProcessor"),
+        processor=__getattr__("LongVUProcessor"),
+    )

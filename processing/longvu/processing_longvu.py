@@ -12,16 +12,15 @@ from longvideo.processing.shared.chat_templates import load_chat_template
 from longvideo.processing.shared.processor_calls import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
-    apply_template,
-    check_items,
     count_kept,
     knows_token,
     placeholder_id,
 )
 from longvideo.processing.shared.timestamps import format_time_message
+from longvideo.processing.shared.visual_processor import VisualProcessor
 
 
-class LongVUProcessor(ProcessorMixin):
+class LongVUProcessor(VisualProcessor, ProcessorMixin):
     """Turns chat messages with videos and images into the inputs of LongVU.
 
     A video or an image becomes one placeholder and a line break, whatever its length: how many visual tokens there are
@@ -44,6 +43,8 @@ class LongVUProcessor(ProcessorMixin):
 
     Source: LongVU `conversation.py` (templates "qwen" and "llama3"), `tokenizer_image_token`.
     """
+
+    model_name = "LongVU"
 
     def __init__(
         self,
@@ -85,25 +86,6 @@ class LongVUProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
-    def apply_chat_template(
-        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
-    ) -> str | list[str] | BatchFeature:
-        """Render messages and, with `tokenize=True, return_dict=True`, read their videos and images.
-
-        Args:
-            conversation: Messages, or a list of conversations.
-            chat_template: Template text; the processor's when None.
-            **kwargs: As in Transformers: `tokenize`, `return_dict`, `return_tensors`, `add_generation_prompt`,
-                `return_assistant_tokens_mask`, `processor_kwargs` (options of the processors), template variables.
-
-        Returns:
-            The text, or model inputs.
-
-        Raises:
-            ValueError: A block names no video or several, a question is empty, or as the processors say.
-        """
-        return apply_template(self, super().apply_chat_template, conversation, chat_template, kwargs)
-
     def iterate_windows(self, video: Any, window_size: int = 16, **kwargs: Any) -> VideoWindows:
         """Read one video window by window; see `LongVUVideoProcessor.iterate_windows`.
 
@@ -116,24 +98,6 @@ class LongVUProcessor(ProcessorMixin):
             What `encode_video(windows=...)` of the model takes.
         """
         return self.video_processor.iterate_windows(video, window_size, **kwargs)
-
-    def validate_inputs(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> None:
-        """Check that prompts and visual items fit before anything is decoded.
-
-        Args:
-            images: Images or None.
-            text: List of prompts or None.
-            videos: Videos or None.
-            audio: Not supported by the model.
-
-        Raises:
-            ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
-        """
-        sound = audio if audio is not None else kwargs.get("audios")
-        tokens = {"image": self.image_token, "video": self.video_token}
-        check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name="LongVU")
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)

@@ -31,6 +31,7 @@ from longvideo.processing.shared.frame_sampling import (
     stride_indices,
     thin_evenly,
 )
+from longvideo.processing.shared.stretched_videos import CallOptions
 from longvideo.processing.shared.video_io import SourceVideoMetadata, opened_video
 from longvideo.processing.shared.video_options import (
     check_available,
@@ -83,7 +84,7 @@ class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
     window_size: int | None
 
 
-class LongVUVideoProcessor(BaseVideoProcessor):
+class LongVUVideoProcessor(CallOptions, BaseVideoProcessor):
     """Reads and samples videos, pads frames to squares, resizes and normalises them, once for each tower.
 
     Files and addresses are always sampled; arrays, tensors and lists of frames count as already sampled unless
@@ -237,18 +238,6 @@ class LongVUVideoProcessor(BaseVideoProcessor):
         if call.get("return_metadata"):
             outputs["video_metadata"] = [video.metadata for video in windows]
         return outputs
-
-    def option(self, name: str, call: Mapping[str, Any]) -> Any:
-        """Look up an option, first among those given at call time.
-
-        Args:
-            name: Name of the option.
-            call: Options given at call time.
-
-        Returns:
-            Its value, or None.
-        """
-        return call[name] if call.get(name) is not None else getattr(self, name, None)
 
     def sampling_rule(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
         """Join the sampling wishes of a video block, of the call and of the processor; the nearest one wins.

@@ -15,6 +15,7 @@ from longvideo.processing.shared.messages import check_question, prepare_convers
 from longvideo.processing.shared.placeholders import (
     check_not_truncated,
     check_placeholder_count,
+    check_token_budget,
     mask_of_spans,
     shift_spans,
 )
@@ -22,6 +23,8 @@ from longvideo.processing.shared.video_inputs import flatten_videos
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
+# Tokenizers without a limit give a huge number instead.
+UNLIMITED = 10**9
 # What a user typed may be marked as plain text by newer versions of Transformers; it then stands for no item.
 UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 MARK = getattr(processing_utils, "_CONTROL_TOKEN_START", None)
@@ -169,6 +172,38 @@ def count_kept(
         check_not_truncated(kind=kind, expected=expected, kept=kept, max_length=max(map(len, rows)))
         visual = [before + now for before, now in zip(visual, kept, strict=True)]
     return visual
+
+
+def check_expanded(
+    text: list[str],
+    text_inputs: Mapping[str, Any],
+    *,
+    tokens: Mapping[str, tuple[str, int]],
+    max_tokens: int | None,
+) -> None:
+    """Check that tokenizing lost no placeholder and that prompts with visual items fit the context.
+
+    Args:
+        text: Prompts with all placeholders.
+        text_inputs: `input_ids` and, where there is padding, `attention_mask`; lists or tensors (B, S).
+        tokens: As for `count_kept`.
+        max_tokens: Length of the context in tokens; None, or a number as huge as tokenizers give, for no limit.
+
+    Raises:
+        ValueError: Placeholders were cut off, or a prompt is longer than the context.
+    """
+    rows, masks = (
+        value.tolist() if hasattr(value, "tolist") else value
+        for value in (text_inputs["input_ids"], text_inputs.get("attention_mask"))
+    )
+    visual = count_kept(text, rows, tokens=tokens)
+    if max_tokens is None or max_tokens >= UNLIMITED:
+        return
+    # Sums of plain lists: walking over a tensor of thousands of tokens takes longer than tokenizing.
+    lengths = map(len, rows) if masks is None else map(sum, masks)
+    for num_tokens, num_visual_tokens in zip(lengths, visual, strict=True):
+        if num_visual_tokens:
+            check_token_budget(num_tokens=num_tokens, num_visual_tokens=num_visual_tokens, max_tokens=max_tokens)
 
 
 def count_token(text: str, token: str) -> int:

@@ -20,13 +20,11 @@ def __getattr__(name: str) -> Any:
 
 def register() -> None:
     """Make the Auto classes find the processors of VideoChat-Flash; may be called any number of times."""
-    from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
+    from longvideo.processing.shared.registration import register_processors
 
-    config_class = import_module(
-        "longvideo.modeling.videochat_flash.configuration_videochat_flash"
-    ).VideoChatFlashConfig
-    processor_class = __getattr__("VideoChatFlashProcessor")
-    image_class = __getattr__("VideoChatFlashImageProcessor")
-    AutoImageProcessor.register(config_class, image_processor_classes={"torchvision": image_class}, exist_ok=True)
-    AutoVideoProcessor.register(config_class, __getattr__("VideoChatFlashVideoProcessor"), exist_ok=True)
-    AutoProcessor.register(config_class, processor_class, exist_ok=True)
+    register_processors(
+        import_module("longvideo.modeling.videochat_flash.configuration_videochat_flash").VideoChatFlashConfig,
+        image=__getattr__("VideoChatFlashImageProcessor"),
+        video=__getattr__("VideoChatFlashVideoProcessor"),
+        processor=__getattr__("VideoChatFlashProcessor"),
+    )

@@ -9,25 +9,22 @@ from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from longvideo.processing.shared.chat_templates import load_chat_template
-from longvideo.processing.shared.placeholders import check_token_budget
 from longvideo.processing.shared.processor_calls import (
     IMAGE_TOKEN,
     VIDEO_TOKEN,
-    apply_template,
-    check_items,
-    count_kept,
+    check_expanded,
     count_token,
     placeholder_id,
 )
 from longvideo.processing.shared.timestamps import TIME_MESSAGE, format_time_message
+from longvideo.processing.shared.visual_processor import VisualProcessor
 from longvideo.processing.videochat_flash import register as _register
 
 CHAT_TEMPLATE = "qwen_chatml"
 # Tokenizers without a limit of their own carry a number of about 1e30.
-UNLIMITED = 10**9
 
 
-class VideoChatFlashProcessor(ProcessorMixin):
+class VideoChatFlashProcessor(VisualProcessor, ProcessorMixin):
     """Turns chat messages with videos and images into the inputs of VideoChat-Flash.
 
     A video becomes its visual placeholders, a line break and a sentence about duration and number of frames; an image
@@ -52,6 +49,8 @@ class VideoChatFlashProcessor(ProcessorMixin):
 
     Source: VideoChat-Flash inference code (`chat`), prompt and time message.
     """
+
+    model_name = "VideoChat-Flash"
 
     def __init__(
         self,
@@ -109,25 +108,6 @@ class VideoChatFlashProcessor(ProcessorMixin):
         """
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
 
-    def apply_chat_template(
-        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
-    ) -> str | list[str] | BatchFeature:
-        """Render messages and, with `tokenize=True, return_dict=True`, read their videos and images.
-
-        Args:
-            conversation: Messages, or a list of conversations.
-            chat_template: Template text; the processor's when None.
-            **kwargs: As in Transformers: `tokenize`, `return_dict`, `return_tensors`, `add_generation_prompt`,
-                `return_assistant_tokens_mask`, `processor_kwargs` (options of the processors), template variables.
-
-        Returns:
-            The text, or model inputs.
-
-        Raises:
-            ValueError: A block names no video or several, a question is empty, or as the processors say.
-        """
-        return apply_template(self, super().apply_chat_template, conversation, chat_template, kwargs)
-
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple[Any, Any, Any, Any]:
@@ -151,24 +131,6 @@ class VideoChatFlashProcessor(ProcessorMixin):
                 starts = [sum(counts[:index]) for index in range(len(counts))]
                 images = [flat[start : start + count] for start, count in zip(starts, counts, strict=True)]
         return images, text, videos, audio
-
-    def validate_inputs(
-        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
-    ) -> None:
-        """Check that prompts and visual items fit before anything is decoded.
-
-        Args:
-            images: Images or None.
-            text: List of prompts or None.
-            videos: Videos or None.
-            audio: Not supported by the model.
-
-        Raises:
-            ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
-        """
-        sound = audio if audio is not None else kwargs.get("audios")
-        tokens = {"image": self.image_token, "video": self.video_token}
-        check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name="VideoChat-Flash")
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -260,23 +222,11 @@ class VideoChatFlashProcessor(ProcessorMixin):
         return MultiModalData(**data)
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Mapping, modalities: list[str]) -> None:
-        rows, masks = (
-            value.tolist() if hasattr(value, "tolist") else value
-            for value in (text_inputs["input_ids"], text_inputs.get("attention_mask"))
-        )
         tokens = {
             "image": (self.image_token, self.image_token_id),
             "video": (self.video_token, self.video_token_id),
         }
-        visual = count_kept(text, rows, tokens=tokens)
-        limit = getattr(self.tokenizer, "model_max_length", None)
-        if limit is None or limit >= UNLIMITED:
-            return
-        # Sums of plain lists: walking over a tensor of thousands of tokens takes longer than tokenizing.
-        lengths = map(len, rows) if masks is None else map(sum, masks)
-        for num_tokens, num_visual_tokens in zip(lengths, visual, strict=True):
-            if num_visual_tokens:
-                check_token_budget(num_tokens=num_tokens, num_visual_tokens=num_visual_tokens, max_tokens=limit)
+        check_expanded(text, text_inputs, tokens=tokens, max_tokens=getattr(self.tokenizer, "model_max_length", None))
 
 
 def sizes_of_samples(

@@ -11,7 +11,6 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     ChannelDimension,
     PILImageResampling,
-    SizeDict,
 )
 from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -24,15 +23,14 @@ from longvideo.processing.shared.frame_sampling import (
     num_frames_indices,
     whole_clips,
 )
-from longvideo.processing.shared.pixels import resize_exact
+from longvideo.processing.shared.stretched_videos import StretchedVideos
 from longvideo.processing.shared.video_inputs import complete_clip
-from longvideo.processing.shared.video_io import SourceVideoMetadata, read_video
+from longvideo.processing.shared.video_io import SourceVideoMetadata
 from longvideo.processing.shared.video_options import (
     check_available,
     check_limits,
     keeps_every_frame,
     list_sources,
-    pil_filter,
     read_array,
     sampling_wishes,
 )
@@ -61,7 +59,7 @@ class VideoChatFlashVideoProcessorKwargs(VideosKwargs, total=False):
     video_options: list | None
 
 
-class VideoChatFlashVideoProcessor(BaseVideoProcessor):
+class VideoChatFlashVideoProcessor(StretchedVideos, BaseVideoProcessor):
     """Reads, samples, resizes and normalises videos.
 
     Files and addresses are always sampled; arrays, tensors and lists of frames count as already sampled unless
@@ -119,18 +117,6 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
         return super().preprocess(
             [frames for frames, _ in read], video_metadata=[facts for _, facts in read], **kwargs
         )
-
-    def option(self, name: str, call: Mapping[str, Any]) -> Any:
-        """Look up an option, first among those given at call time.
-
-        Args:
-            name: Name of the option.
-            call: Options given at call time.
-
-        Returns:
-            Its value, or None.
-        """
-        return call[name] if call.get(name) is not None else getattr(self, name, None)
 
     def sampling_rule(self, options: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
         """Join the sampling wishes of a video block, of the call and of the processor; the nearest one wins.
@@ -266,79 +252,33 @@ class VideoChatFlashVideoProcessor(BaseVideoProcessor):
                 choose=lambda known: self.choose_frames(known, rule),
             )
         else:
-            frames, facts = self.read_file(source, options, rule, do_sample, call)
+            keep_all = keeps_every_frame(source, do_sample)
+            frames, facts = self.read_file(
+                source,
+                lambda known: np.arange(known.total_num_frames) if keep_all else self.choose_frames(known, rule),
+                options=options,
+                call=call,
+            )
         return complete_clip(frames, facts, rule["mm_local_num_frames"])
 
-    def read_file(
-        self,
-        source: Any,
-        options: Mapping[str, Any],
-        rule: Mapping[str, Any],
-        do_sample: bool | None,
-        call: Mapping[str, Any],
-    ) -> tuple[torch.Tensor, SourceVideoMetadata]:
-        keep_all = keeps_every_frame(source, do_sample)
-        size, resample = self.option("size", call), self.option("resample", call)
-        height, width = (
-            (size.get("height"), size.get("width")) if isinstance(size, Mapping | SizeDict) else (None, None)
-        )
-        is_exact = self.option("do_resize", call) and height and width and resample == PILImageResampling.BICUBIC
-        frames, facts = read_video(
-            source,
-            sample_indices_fn=(
-                (lambda known: np.arange(known.total_num_frames))
-                if keep_all
-                else (lambda known: self.choose_frames(known, rule))
-            ),
-            size=(height, width) if is_exact else None,
-            start=options.get("start"),
-            end=options.get("end"),
-            backend=self.option("video_backend", call),
-            num_threads=self.option("num_threads", call),
-            progress=self.option("progress", call),
-        )
-        frames_FCHW = torch.from_numpy(frames).permute(0, 3, 1, 2)
-        return frames_FCHW, facts
+    def join_videos(self, videos: list[torch.Tensor]) -> dict[str, Any]:
+        """Lay out the videos of a batch.
 
-    def _preprocess(
-        self,
-        videos: list[torch.Tensor],
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_center_crop: bool,
-        crop_size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        return_tensors: Any = None,
-        do_convert_rgb: bool | None = None,
-        **kwargs: Any,
-    ) -> BatchFeature:
-        processed = []
-        for frames_FCHW in videos:
-            if do_convert_rgb and frames_FCHW.shape[1] != 3:
-                frames_FCHW = self.convert_to_rgb(frames_FCHW)
-            if do_resize and size.height and size.width:
-                frames_FCHW = resize_exact(frames_FCHW, size.height, size.width, resample=pil_filter(resample))
-            elif do_resize:
-                frames_FCHW = self.resize(frames_FCHW, size=size, resample=resample)
-            if do_center_crop:
-                frames_FCHW = self.center_crop(frames_FCHW, crop_size)
-            processed.append(
-                self.rescale_and_normalize(
-                    frames_FCHW, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-                )
-            )
-        if len({video.shape for video in processed}) == 1:
-            return BatchFeature({"pixel_values_videos": processed}, tensor_type=return_tensors)
-        if len({video.shape[1:] for video in processed}) > 1:
+        Args:
+            videos: (F, C, S, S) pixels of each.
+
+        Returns:
+            Stacked where all have one number of frames, otherwise joined and with `video_num_frames`.
+
+        Raises:
+            ValueError: Frames of several sizes.
+        """
+        if len({video.shape for video in videos}) == 1:
+            return {"pixel_values_videos": videos}
+        if len({video.shape[1:] for video in videos}) > 1:
             raise ValueError(
                 "The frames of all videos of a batch must have one size, got "
-                f"{[tuple(video.shape[1:]) for video in processed]}; switch do_resize on."
+                f"{[tuple(video.shape[1:]) for video in videos]}; switch do_resize on."
             )
-        counts = torch.tensor([len(video) for video in processed], dtype=torch.int64)
-        data = {"pixel_values_videos": torch.cat(processed), "video_num_frames": counts}
-        return BatchFeature(data, tensor_type=return_tensors)
+        counts = torch.tensor([len(video) for video in videos], dtype=torch.int64)
+        return {"pixel_values_videos": torch.cat(videos), "video_num_frames": counts}

@@ -12,13 +12,13 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from longvideo.processing.shared import stretched_videos
 from longvideo.processing.shared.chat_templates import load_chat_template
 from longvideo.processing.shared.video_io import read_video
 from longvideo.processing.videochat_flash import (
     VideoChatFlashImageProcessor,
     VideoChatFlashProcessor,
     VideoChatFlashVideoProcessor,
-    video_processing_videochat_flash,
 )
 from tests.tiny import tiny_tokenizer, tiny_videochat_flash_config, tiny_videochat_flash_processor
 from tests.videos import frame_number, make_sound, make_video
@@ -345,7 +345,7 @@ def test_frames_of_files_are_resized_while_reading(processor, clip, monkeypatch)
         sizes.append(kwargs["size"])
         return read_video(source, **kwargs)
 
-    monkeypatch.setattr(video_processing_videochat_flash, "read_video", spy)
+    monkeypatch.setattr(stretched_videos, "read_video", spy)
     ask(processor, messages(path=clip))
     ask(processor, messages(path=clip), resample=2)
     # Only the filter that the reader has may be applied there.

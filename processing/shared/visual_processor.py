@@ -1,0 +1,54 @@
+"""What the processors of all architectures do alike."""
+
+from typing import Any
+
+from transformers.feature_extraction_utils import BatchFeature
+
+from longvideo.processing.shared.processor_calls import apply_template, check_items
+
+
+class VisualProcessor:
+    """Renders messages and checks that prompts fit their videos and images.
+
+    To be named before `ProcessorMixin` among the base classes. A processor sets `model_name`, and its constructor
+    `image_token` and `video_token`.
+    """
+
+    model_name = ""
+
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> str | list[str] | BatchFeature:
+        """Render messages and, with `tokenize=True, return_dict=True`, read their videos and images.
+
+        Args:
+            conversation: Messages, or a list of conversations.
+            chat_template: Template text; the processor's when None.
+            **kwargs: As in Transformers: `tokenize`, `return_dict`, `return_tensors`, `add_generation_prompt`,
+                `return_assistant_tokens_mask`, `processor_kwargs` (options of the processors), template variables.
+
+        Returns:
+            The text, or model inputs.
+
+        Raises:
+            ValueError: A block names no video or several, a question is empty, or as `__call__` says.
+        """
+        return apply_template(self, super().apply_chat_template, conversation, chat_template, kwargs)
+
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
+        """Check that prompts and visual items fit before anything is decoded.
+
+        Args:
+            images: Images or None.
+            text: List of prompts or None.
+            videos: Videos or None.
+            audio: Not supported by the models.
+
+        Raises:
+            ValueError: Nothing was given, sound was given, or placeholders and items differ in number.
+        """
+        sound = audio if audio is not None else kwargs.get("audios")
+        tokens = {"image": self.image_token, "video": self.video_token}
+        check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name=self.model_name)
