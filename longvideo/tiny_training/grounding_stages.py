@@ -84,8 +84,18 @@ class GroundingStage:
 
 GROUNDING_STAGES = (
     GroundingStage(
+        "0-align",
+        3_200,
+        3e-3,
+        "linear",
+        20,
+        (("caption", 0.5), ("events", 0.5)),
+        lape=False,
+        trainable_parts=("connector",),
+    ),
+    GroundingStage(
         "1-captions",
-        8_000,
+        4_000,
         1e-3,
         "constant_with_warmup",
         50,

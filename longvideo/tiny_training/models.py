@@ -64,7 +64,7 @@ class TinyModel:
         lessons: how its towers are taught before anything else.
         frame_size: side of the frames in pixels.
         num_frames: frames per video.
-        pictures_first: whether single pictures are described before any video, as its published recipe does.
+        decoder: tiny model of the package whose trained decoder it begins with; none for a fresh one.
         stages: its own stages in place of the common ones.
         make_rows: makes the rows of such a stage, as `CorpusConversations` does of a common one.
         begin_stage: called with model, stage and what is left out before a stage begins.
@@ -77,7 +77,7 @@ class TinyModel:
     lessons: tuple[TowerLessons, ...]
     frame_size: int
     num_frames: int
-    pictures_first: bool = False
+    decoder: str = ""
     stages: tuple[Any, ...] = ()
     make_rows: Callable[..., Dataset] | None = None
     begin_stage: Callable[[PreTrainedModel, Any, Sequence[str]], None] | None = None
@@ -413,7 +413,7 @@ TINY_MODELS = {
         ),
         FRAME_SIZE,
         NUM_FRAMES,
-        pictures_first=True,
+        decoder="videochat_flash",
         connector=last_connector_layer,
     ),
     "llava_st": TinyModel(
@@ -433,6 +433,7 @@ TINY_MODELS = {
         ),
         GROUNDING_SIZE,
         GROUNDING_FRAMES,
+        decoder="videochat_flash",
         stages=GROUNDING_STAGES,
         make_rows=GroundingConversations,
         begin_stage=begin_llava_st_stage,

@@ -40,9 +40,9 @@ from longvideo.tiny_training.conversations import (
     SHAPE_FIRST,
     choose_questions,
     conversation,
-    picture_conversation,
     tidy,
 )
+from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.collators import VideoSFTCollator
@@ -81,7 +81,6 @@ class Stage:
         letters: chance that a question is asked with four options and answered by a letter.
         kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
         trainable_parts: what learns; see `VideoSFTConfig`.
-        pictures: whether rows are single frames with a description instead of videos.
     """
 
     name: str
@@ -96,7 +95,6 @@ class Stage:
     letters: float
     kinds: tuple[str, ...] = ALL_KINDS
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
-    pictures: bool = False
 
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
@@ -111,14 +109,18 @@ STAGES = (
     Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
 )
 
-PICTURES = Stage("0-pictures", 6_400, 1e-3, "constant_with_warmup", 50, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
+# For a decoder that was trained before: its connector is brought to it first, then both learn together.
+CONNECTOR_ONLY = ("connector",)
+ALIGNED_STAGES = (
+    Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=CONNECTOR_ONLY),
+    Stage("1-full", 6_400, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0),
+    *STAGES[-3:],
+)
 
 
 def stages_of(spec: TinyModel) -> tuple[Any, ...]:
-    """Lists the stages of a model: its own, or ours, with pictures first where its published recipe has them."""
-    if spec.stages:
-        return spec.stages
-    return (PICTURES, *STAGES) if spec.pictures_first else STAGES
+    """Lists the stages of a model: its own, or ours, shorter where its decoder was trained before."""
+    return spec.stages or (ALIGNED_STAGES if spec.decoder else STAGES)
 
 
 def scale_stage(stage: Any, scale: float) -> Any:
@@ -155,8 +157,6 @@ class CorpusConversations(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.first_seed + index
         scene = make_scene(seed, "train", difficulty=self.stage.difficulty)
-        if self.stage.pictures:
-            return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
         frames = render_frames(scene, sample_times(scene.duration, self.num_frames), self.size)
         rng = random.Random(f"conversation {seed}")
         # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
@@ -240,6 +240,7 @@ def run_stage(
     """
     folder = out / stage.name
     make_rows = spec.make_rows or CorpusConversations
+    slow_connector = spec.connector is not None and "language_model" in stage.trainable_parts
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -248,7 +249,7 @@ def run_stage(
         lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup_steps,
         trainable_parts=list(stage.trainable_parts),
-        connector_learning_rate=stage.learning_rate * CONNECTOR_RATE if spec.connector is not None else None,
+        connector_learning_rate=stage.learning_rate * CONNECTOR_RATE if slow_connector else None,
         vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
         weight_decay=0.01,
         adam_beta2=0.98,
@@ -353,6 +354,8 @@ def train(
     if scale <= 0:
         raise ValueError(f"scale is {scale}, expected a positive factor of the length of the stages")
     model, processor = spec.build(**{f"use_{part}": False for part in without})
+    if spec.decoder:
+        take_decoder(model, processor.tokenizer, TINY_FOLDER / spec.decoder)
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")
     if spec.connector is not None:
         _calibrate_connector(spec, model, processor, seed=seed)
