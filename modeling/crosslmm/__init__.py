@@ -1,0 +1,1 @@
+"""CrossLMM: dual cross-attention as patches of a decoder."""
