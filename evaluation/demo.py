@@ -1,4 +1,7 @@
-"""`python -m longvideo.evaluation.demo`: a trained model answers questions about a real video file."""
+"""`python -m longvideo.evaluation.demo`: a trained model answers questions about a real video file.
+
+A model that answers with times and boxes is asked for both, and its answer is drawn.
+"""
 
 import argparse
 import sys
@@ -8,13 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longvideo.evaluation.corpus import Question, Scene, make_questions, make_scene, write_video
+from longvideo.evaluation.corpus import (
+    Grounding,
+    Question,
+    Scene,
+    list_grounded_events,
+    make_groundings,
+    make_questions,
+    make_scene,
+    write_video,
+)
+from longvideo.processing.llava_st.grounding_llava_st import GroundingResult
 
 KINDS = ("colour", "direction", "needle", "order", "shape", "count", "at_time", "when")
 NUM_QUESTIONS = 3
 MAX_NEW_TOKENS = 32
 DEFAULT_QUESTION = "What happens in the video?"
 WIDTH = 78
+SIZE = (256, 256)  # pixels of the rendered video
 
 
 @dataclass
@@ -42,7 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command."""
     parser = argparse.ArgumentParser(prog="python -m longvideo.evaluation.demo", description=__doc__)
     parser.add_argument("--video", metavar="PATH", help="ask about this file instead of a rendered one")
-    parser.add_argument("--question", metavar="TEXT", help=f'what to ask about --video (default "{DEFAULT_QUESTION}")')
+    parser.add_argument(
+        "--question",
+        metavar="TEXT",
+        help=f'what to ask about --video (default "{DEFAULT_QUESTION}"), or what a model of times and boxes shall find',
+    )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint (default: the tiny one in the package)")
     parser.add_argument("--seed", type=int, default=7, help="which held-out scene is rendered (default 7)")
     parser.add_argument(
@@ -69,6 +87,25 @@ def pick_scene(seed: int) -> tuple[Scene, list[Question]]:
         if len(kinds) >= NUM_QUESTIONS:
             return scene, [found[kind] for kind in kinds[:NUM_QUESTIONS]]
     raise ValueError(f"No scene with {NUM_QUESTIONS} kinds of questions from seed {seed} on; choose another seed.")
+
+
+def pick_event(seed: int, num_frames: int) -> tuple[Scene, str, Grounding]:
+    """Find the first held-out scene from a seed on in which a shape moves.
+
+    Args:
+        seed: number of the scene to begin with.
+        num_frames: frames that the model sees.
+
+    Returns:
+        The scene, the words for the movement, and when and where it is.
+    """
+    for number in range(seed, seed + 100):
+        scene = make_scene(number, "held_out")
+        events = [event.caption for event in list_grounded_events(scene, num_frames)]
+        for truth in make_groundings(scene, ["stvg"], size=SIZE, num_frames=num_frames):
+            if truth.bucket == "moves":
+                return scene, next(words for words in events if words in truth.question), truth
+    raise ValueError(f"No scene with a movement from seed {seed} on; choose another seed.")
 
 
 def spread_dropout(num_layers: int) -> dict[str, Any]:
@@ -118,6 +155,15 @@ def format_tokens(counts: dict[str, Any]) -> str:
     return f"{' -> '.join(token_steps(counts))} ({counts['frames']} frames)"
 
 
+def wrap(lines: list[tuple[str, str]]) -> list[str]:
+    """Break texts into lines of WIDTH characters, each text behind its label."""
+    wrapped = []
+    for label, text in lines:
+        parts = textwrap.wrap(text, WIDTH - 11) or [""]
+        wrapped += [f"{label:<10} {parts[0]}", *(f"{'':<10} {part}" for part in parts[1:])]
+    return wrapped
+
+
 def format_asked(rows: list[Asked]) -> str:
     """Lay questions and answers out as a plain table of label and text."""
     blocks = []
@@ -127,36 +173,49 @@ def format_asked(rows: list[Asked]) -> str:
             right = row.answer.strip().rstrip(".").lower() == row.truth.strip().rstrip(".").lower()
             lines.append(("Truth", f"{row.truth}  ({'right' if right else 'wrong'})"))
         lines += [("Time", f"{row.seconds:.2f} s"), ("Tokens", format_tokens(row.token_counts))]
-        wrapped = []
-        for label, text in lines:
-            parts = textwrap.wrap(text, WIDTH - 11) or [""]
-            wrapped += [f"{label:<10} {parts[0]}", *(f"{'':<10} {part}" for part in parts[1:])]
-        blocks.append("\n".join(wrapped))
+        blocks.append("\n".join(wrap(lines)))
     return f"\n{'-' * WIDTH}\n".join(blocks)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Render or take the video, ask, print, draw."""
+    """Load the model, ask it what it can answer, print, draw."""
     import longvideo
     from longvideo.pipelines import load_pipeline
+    from longvideo.pipelines.grounding import answers_with_places
     from longvideo.pipelines.inputs import check_source
-    from longvideo.show_kept import draw_kept
 
     if args.question is not None and args.video is None:
         raise ValueError("--question needs --video: the rendered video comes with its own questions.")
-    out = Path(args.out)
     if args.video is not None:
         check_source(args.video)
+    out = Path(args.out)
+    model = args.model or str(longvideo.tiny_checkpoint("videochat_flash"))
+    pipe = load_pipeline(model)
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"Model      {'tiny VideoChat-Flash of the package' if args.model is None else model}")
+    return (show_places if answers_with_places(pipe.processor) else show_answers)(pipe, args, out)
+
+
+def show_answers(pipe: Any, args: argparse.Namespace, out: Path) -> int:
+    """Ask a model of words three questions, and draw what it kept of the video for the last one.
+
+    Args:
+        pipe: video question answering pipeline.
+        args: of the command.
+        out: folder for the files.
+
+    Returns:
+        The exit code.
+    """
+    from longvideo.show_kept import draw_kept
+
+    if args.video is not None:
         video = Path(args.video)
         asked: list[tuple[str, str | None, str]] = [(args.question or DEFAULT_QUESTION, None, "")]
     else:
         scene, questions = pick_scene(args.seed)
-        video = write_video(scene, out / f"scene_{scene.seed}.mp4")
+        video = write_video(scene, out / f"scene_{scene.seed}.mp4", size=SIZE)
         asked = [(question.question, question.answer, question.kind) for question in questions]
-    out.mkdir(parents=True, exist_ok=True)
-    model = args.model or str(longvideo.tiny_checkpoint("videochat_flash"))
-    pipe = load_pipeline(model)
-    print(f"Model      {'tiny VideoChat-Flash of the package' if args.model is None else model}")
     print(f"Video      {video}\n{'=' * WIDTH}")
     rows = [ask(pipe, video, text, truth=truth, kind=kind) for text, truth, kind in asked]
     print(format_asked(rows))
@@ -171,6 +230,48 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'=' * WIDTH}\nThe last question again{words}:")
     print(format_asked([again]))
     print(f"{'=' * WIDTH}\nPicture of the kept tokens: {picture}")
+    return 0
+
+
+def show_places(pipe: Any, args: argparse.Namespace, out: Path) -> int:
+    """Ask a model of times and boxes when and where something happens, and draw its answer on the video.
+
+    Args:
+        pipe: video question answering pipeline.
+        args: of the command; its question names what is looked for, and without one all events are asked for.
+        out: folder for the files.
+
+    Returns:
+        The exit code, 0 as well where the answer holds nothing that could be drawn.
+    """
+    from longvideo.cli.ask import describe_places
+    from longvideo.draw_grounding import draw_grounding
+
+    truth = None
+    if args.video is not None:
+        video, words, task = Path(args.video), args.question, "stvg" if args.question else "dvc"
+    else:
+        scene, words, truth = pick_event(args.seed, pipe.model.config.num_frames)
+        video, task = write_video(scene, out / f"scene_{scene.seed}.mp4", size=SIZE), "stvg"
+    print(f"Video      {video}\n{'=' * WIDTH}")
+    begin = time.perf_counter()
+    # A box at every frame takes ten tokens each; spans and words some fifty more.
+    most = 10 * pipe.model.config.num_frames + 60
+    result = pipe(str(video), words, grounding_task=task, max_new_tokens=most, return_token_counts=True)
+    found = result["grounding"]
+    lines = [("Question", f"{'When and where: ' + words if words else 'All events.'}  [{task}]")]
+    lines += [("Answer", result["answer"]), *(("Found", line) for line in describe_places(found))]
+    if truth is not None:
+        known = GroundingResult("", spans=(truth.span,), tubes=(truth.tube,))
+        lines += [("Truth", line) for line in describe_places(known)]
+    lines.append(("Time", f"{time.perf_counter() - begin:.2f} s"))
+    lines.append(("Tokens", format_tokens(result["token_counts"])))
+    print("\n".join(wrap(lines)))
+    try:
+        picture = f": {draw_grounding(found, out / 'grounding.png', video=str(video), title=words or '')}"
+    except ValueError as error:
+        picture = f" not drawn: {error}"
+    print(f"{'=' * WIDTH}\nPicture of the times and boxes{picture}")
     return 0
 
 
