@@ -11,11 +11,12 @@ from transformers import AutoTokenizer
 from longvideo.evaluation.corpus import all_questions, make_scene
 from longvideo.evaluation.corpus.scenes import COLOURS, DIRECTIONS, Actor, Background, Motion, Needle, Scene
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
-from longvideo.tiny_training.conversations import HARMLESS_KINDS, MAX_TURNS, choose_questions
+from longvideo.tiny_training.build_parts import train_tokenizer
+from longvideo.tiny_training.conversations import HARMLESS_KINDS, MAX_TURNS, NOTHING, choose_questions
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
-from longvideo.tiny_training.models import TINY_MODELS, train_tokenizer
+from longvideo.tiny_training.models import TINY_MODELS
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
-from longvideo.tiny_training.train import ALL_KINDS, STAGES, CorpusConversations, stages_of
+from longvideo.tiny_training.train import ALL_KINDS, PICTURES, STAGES, CorpusConversations, stages_of
 from tests.tiny_longvu import tiny_longvu_model
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))
@@ -85,6 +86,20 @@ def test_a_trained_decoder_meets_the_new_connector_before_it_learns() -> None:
     for name in ("longvu", "llava_st"):
         first, second, *_ = stages_of(TINY_MODELS[name])
         assert first.trainable_parts == ("connector",) and "language_model" in second.trainable_parts
+
+
+def test_pictures_come_before_videos_where_the_recipe_has_them_and_are_described() -> None:
+    stages = stages_of(TINY_MODELS["longvu"])
+    assert [stage.pictures for stage in stages] == [False, True] + [False] * (len(stages) - 2)
+    data = CorpusConversations(PICTURES, size=24, num_frames=16, first_seed=0)
+    answers = []
+    for index in range(60):
+        question, answer = data[index]["messages"]
+        assert [block["type"] for block in question["content"]] == ["image", "text"]
+        assert question["content"][0]["image"].shape == (24, 24, 3)
+        answers.append(answer["content"][0]["text"])
+    assert answers.count(NOTHING) < 20 and len(set(answers)) > 25
+    assert data[7]["messages"][1]["content"][0]["text"] == answers[7]
 
 
 def test_decoder_and_shared_embeddings_are_taken_over() -> None:

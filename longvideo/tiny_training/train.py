@@ -40,6 +40,7 @@ from longvideo.tiny_training.conversations import (
     SHAPE_FIRST,
     choose_questions,
     conversation,
+    picture_conversation,
     tidy,
 )
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
@@ -81,6 +82,7 @@ class Stage:
         letters: chance that a question is asked with four options and answered by a letter.
         kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
         trainable_parts: what learns; see `VideoSFTConfig`.
+        pictures: whether rows are single frames with a description instead of videos.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Stage:
     letters: float
     kinds: tuple[str, ...] = ALL_KINDS
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
+    pictures: bool = False
 
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
@@ -109,18 +112,17 @@ STAGES = (
     Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
 )
 
-# For a decoder that was trained before: its connector is brought to it first, then both learn together.
-CONNECTOR_ONLY = ("connector",)
-ALIGNED_STAGES = (
-    Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=CONNECTOR_ONLY),
-    Stage("1-full", 6_400, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0),
-    *STAGES[-3:],
-)
+# A decoder that was trained before gets to know its connector first; then pictures or videos are for both.
+ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=("connector",))
+PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
+FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
 
 
 def stages_of(spec: TinyModel) -> tuple[Any, ...]:
-    """Lists the stages of a model: its own, or ours, shorter where its decoder was trained before."""
-    return spec.stages or (ALIGNED_STAGES if spec.decoder else STAGES)
+    """Lists the stages of a model: its own, or ours, which are others where its decoder was trained before."""
+    if spec.stages or not spec.decoder:
+        return spec.stages or STAGES
+    return (ALIGN, *([PICTURES] if spec.pictures_first else []), FULL, *STAGES[-3:])
 
 
 def scale_stage(stage: Any, scale: float) -> Any:
@@ -157,6 +159,8 @@ class CorpusConversations(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.first_seed + index
         scene = make_scene(seed, "train", difficulty=self.stage.difficulty)
+        if self.stage.pictures:
+            return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
         frames = render_frames(scene, sample_times(scene.duration, self.num_frames), self.size)
         rng = random.Random(f"conversation {seed}")
         # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
