@@ -25,6 +25,7 @@ COUNTERS = {
     "videochat_flash": "longvideo.evaluation.cost_videochat_flash",
     "longvu": "longvideo.evaluation.cost_longvu",
     "llava_st": "longvideo.evaluation.cost_llava_st",
+    "crosslmm": "longvideo.evaluation.cost_crosslmm",
 }
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 # Decoders of the Llama family whose query, key and value projections have a bias whatever the configuration says.
@@ -134,6 +135,21 @@ def count_language_parameters(config: PreTrainedConfig) -> int:
     return text.num_hidden_layers * layer + width + tables
 
 
+def decoder_linear_flops(config: PreTrainedConfig, num_tokens: int) -> int:
+    """Count the FLOPs of projections and MLP of one decoder layer.
+
+    Args:
+        config: Model configuration.
+        num_tokens: Tokens that pass the layer.
+
+    Returns:
+        FLOPs without those of attention.
+    """
+    query_width, key_width = head_sizes(config)
+    width, inner = config.text_config.hidden_size, config.text_config.intermediate_size
+    return 2 * num_tokens * (2 * width * query_width + 2 * width * key_width + 3 * width * inner)
+
+
 def decoder_layer_flops(config: PreTrainedConfig, num_new: int, num_cached: int = 0, *, causal: bool = True) -> int:
     """Count the FLOPs of one decoder layer.
 
@@ -147,11 +163,8 @@ def decoder_layer_flops(config: PreTrainedConfig, num_new: int, num_cached: int 
     Returns:
         FLOPs.
     """
-    query_width, key_width = head_sizes(config)
-    width, inner = config.text_config.hidden_size, config.text_config.intermediate_size
-    linear = 2 * num_new * (2 * width * query_width + 2 * width * key_width + 3 * width * inner)
     pairs = num_new * (num_new + 1) // 2 if causal else num_new * num_new
-    return linear + 4 * (pairs + num_new * num_cached) * query_width
+    return decoder_linear_flops(config, num_new) + 4 * (pairs + num_new * num_cached) * head_sizes(config)[0]
 
 
 def decode_flops(config: PreTrainedConfig, lengths: Sequence[int]) -> int:
@@ -248,6 +261,24 @@ def tower_values_per_token(vision: PreTrainedConfig, inner: int) -> int:
 
 
 # ---------------------------------------------------------------------- text for people
+
+
+def beyond_positions(config: PreTrainedConfig, counts: Any, new_tokens: int) -> tuple[int, str | None]:
+    """Say that prompt and answer are longer than the decoder, where they are.
+
+    Args:
+        config: Model configuration.
+        counts: The counts, with `visual_tokens` and `text_tokens`.
+        new_tokens: Tokens of the answer.
+
+    Returns:
+        Positions of the decoder, and the beginning of a sentence, or None where all fits.
+    """
+    limit = getattr(config.text_config, "max_position_embeddings", None)
+    needed = counts.visual_tokens + counts.text_tokens + new_tokens
+    if limit is None or needed <= limit:
+        return limit or needed, None
+    return limit, f"prompt and answer need {needed:,} positions, the model has {limit:,}"
 
 
 def gigabytes(count: int) -> str:

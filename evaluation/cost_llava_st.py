@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
+    beyond_positions,
     cache_bytes_per_layer,
     count_language_parameters,
     count_siglip_parameters,
@@ -322,11 +323,8 @@ def warn(config: LlavaSTConfig, counts: Estimate, new_tokens: int) -> str | None
     Returns:
         A sentence, or None.
     """
-    limit = getattr(config.text_config, "max_position_embeddings", None)
-    needed = counts.visual_tokens + counts.text_tokens + new_tokens
-    if limit is None or needed <= limit:
-        return None
-    return f"prompt and answer need {needed:,} positions, the model has {limit:,}: shorten the text or the answer."
+    _, sentence = beyond_positions(config, counts, new_tokens)
+    return None if sentence is None else f"{sentence}: shorten the text or the answer."
 
 
 def describe(config: LlavaSTConfig, counts: Estimate) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
+    beyond_positions,
     cache_bytes_per_layer,
     count_language_parameters,
     count_siglip_parameters,
@@ -453,14 +454,13 @@ def warn(config: VideoChatFlashConfig, counts: Estimate, new_tokens: int) -> str
     Returns:
         A sentence, or None.
     """
-    limit = getattr(config.text_config, "max_position_embeddings", None)
-    needed = counts.visual_tokens + counts.text_tokens + new_tokens
-    if limit is None or needed <= limit:
+    limit, sentence = beyond_positions(config, counts, new_tokens)
+    if sentence is None:
         return None
     most = max((limit - counts.text_tokens - new_tokens) // config.tokens_per_clip, 0)
     return (
-        f"prompt and answer need {needed:,} positions, the model has {limit:,}: take at most "
-        f"{most * config.mm_local_num_frames:,} frames, or extend it with YaRN (rope_parameters)."
+        f"{sentence}: take at most {most * config.mm_local_num_frames:,} frames, or extend it with YaRN "
+        "(rope_parameters)."
     )
 
 

@@ -1,7 +1,8 @@
 """Sizes of the published checkpoints, for estimates and for tests that need no download.
 
 Source: model repositories of OpenGVLab (VideoChat-Flash), Vision-CAIR (LongVU) and appletea2333 (LLaVA-ST); tensors
-and values as counted in the original classes. LongVU's files hold no towers.
+and values as counted in the original classes. LongVU's files hold no towers. CrossLMM is not published: its sizes are
+those of the paper's parts, tensors and values those of the classes here.
 """
 
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
 from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
@@ -76,6 +78,16 @@ LLAVA_ST = {
 UMT_224 = {"model_type": "umt_vision_model", "image_size": 224}
 UMT_448 = {"model_type": "umt_vision_model", "image_size": 448}
 INTERNVIDEO2 = {"model_type": "internvideo2_vision_model"}
+# SigLIP2 giant, sizes of timm's vit_giantopt_patch16_siglip_384: a grid of 24 x 24 has 16 equal regions.
+SIGLIP2_GIANT = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 16,
+}
 
 
 @dataclass(frozen=True)
@@ -83,11 +95,11 @@ class Preset:
     """One published size.
 
     Attributes:
-        repositories: Hub repositories of this size.
+        repositories: Hub repositories of this size, none where it is not published.
         vision: Arguments of the tower's configuration; None for the default of the architecture.
         text: Arguments of the decoder's configuration.
-        num_tensors: Tensors of the original checkpoint.
-        num_values: Values of the original checkpoint.
+        num_tensors: Tensors of the original checkpoint, or of ours where there is none.
+        num_values: Values of the same.
         config_class: Class of the model configuration.
         settings: Further arguments of it.
     """
@@ -181,6 +193,9 @@ PRESETS = {
         LlavaSTConfig,
         LLAVA_ST,
     ),
+    "crosslmm-2b": Preset((), None, QWEN2_5_1_5B, 0, 0, CrossLMMConfig, TIED),
+    "crosslmm-7b": Preset((), None, QWEN2_7B, 0, 0, CrossLMMConfig),
+    "crosslmm-7b-16": Preset((), SIGLIP2_GIANT, QWEN2_7B, 0, 0, CrossLMMConfig, {"tokens_per_frame": 16}),
 }
 
 
