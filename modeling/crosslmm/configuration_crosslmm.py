@@ -143,8 +143,8 @@ class CrossLMMConfig(PreTrainedConfig):
         depth = self.vision_config.num_hidden_layers
         if not 1 <= self.num_vision_layers <= depth:
             raise ValueError(
-                f"vision_feature_layer {self.vision_feature_layer} is no output of a tower with {depth} layers; choose"
-                f"1 to {depth}, or {-depth} to -1, where -1 is the last layer's output."
+                f"vision_feature_layer {self.vision_feature_layer} is no output of a tower with {depth} layers; "
+                f"choose 1 to {depth}, or {-depth} to -1, where -1 is the last layer's output."
             )
 
     def _check(self) -> None:
