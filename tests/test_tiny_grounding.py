@@ -10,6 +10,7 @@ import pytest
 
 from longvideo.evaluation.corpus import GROUNDING_TASKS, make_groundings, make_scene
 from longvideo.evaluation.corpus.grounding import IMAGE_TASKS
+from longvideo.tiny_training.build_llava_st import begin_llava_st_stage
 from longvideo.tiny_training.grounding_stages import (
     BATCH_SIZE,
     GROUNDING_STAGES,
@@ -19,7 +20,7 @@ from longvideo.tiny_training.grounding_stages import (
     choose_groundings,
     without_seconds,
 )
-from longvideo.tiny_training.models import TINY_MODELS, begin_llava_st_stage
+from longvideo.tiny_training.models import TINY_MODELS
 from longvideo.tiny_training.train import BATCH_SIZE as TRAINED_BATCH_SIZE
 from longvideo.tiny_training.train import main, scale_stage, stages_of, train
 
