@@ -19,8 +19,13 @@ PART_MODULES: dict[str, tuple[str, ...]] = {
     ),
     "vision_tower": ("vision_tower", "dino_tower"),
 }
-# Modules inside a part that may learn without the rest of it.
-SUB_PARTS: dict[str, tuple[str, ...]] = {"packer": ("packer",), "embeddings": ("embed_tokens", "coordinates")}
+# Modules inside a part that may learn without the rest of it. Of several on the way the first listed one decides.
+SUB_PARTS: dict[str, tuple[str, ...]] = {
+    "packer": ("packer",),
+    "embeddings": ("embed_tokens", "coordinates"),
+    "t2v": ("t2v", "t2v_gate"),
+    "v2v": ("v2v", "v2v_gate", "query_norm"),
+}
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
@@ -31,7 +36,9 @@ def sub_part_of(parameter_name: str) -> str | None:
         parameter_name: Dotted name as `named_parameters()` gives it, with or without wrappers' prefixes.
 
     Returns:
-        "packer", "embeddings" (the input embedding of text and the coordinate tables beside it), or None.
+        "packer", "embeddings" (the input embedding of text and the coordinate tables beside it), "v2v" (inside the
+        language model: cross-attention of visual rows, its gate, and the norm of all queries), "t2v" (the same of
+        text rows, and its gate), or None.
 
     Source: LLaVA-ST training code, whose groups match "vision_resampler", "embed_tokens" and the names of six tables.
     """
@@ -66,9 +73,12 @@ class VideoSFTConfig(TrainingArguments):
 
     Args:
         trainable_parts: Parts that learn, out of "vision_tower", "connector", "language_model" (with `lm_head`), or
-            of their sub-parts "packer" (of the connector) and "embeddings" (of the language model: the input
-            embedding, and coordinate tables); all other parameters are frozen. None leaves `requires_grad` as the
-            model has it.
+            of their sub-parts "packer" (of the connector), "embeddings" (of the language model: the input embedding,
+            and coordinate tables), "v2v" and "t2v" (of the language model: cross-attention in its layers); all other
+            parameters are frozen. None leaves `requires_grad` as the model has it.
+        prepare_model: Method of the model that is called, without arguments, before anything is frozen: what makes a
+            checkpoint of the last stage a model of this one, as "add_t2v" of CrossLMM does. It must do nothing to a
+            model that is prepared already. None calls nothing.
         vision_tower_learning_rate: Peak learning rate of the vision towers; None takes `learning_rate`.
         connector_learning_rate: Peak learning rate of what joins towers and language model; None takes
             `learning_rate`.
@@ -92,8 +102,12 @@ class VideoSFTConfig(TrainingArguments):
     trainable_parts: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Parts that learn: vision_tower, connector, language_model, packer, embeddings. Default: as is."
+            "help": "Parts that learn: vision_tower, connector, language_model, packer, embeddings, v2v, t2v. "
+            "Default: as is."
         },
+    )
+    prepare_model: str | None = field(
+        default=None, metadata={"help": "Method of the model to call before training, as add_t2v. Default: none."}
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision towers. Default: learning_rate."}

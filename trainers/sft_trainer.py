@@ -60,6 +60,26 @@ def set_trainable_parts(model: nn.Module, parts: list[str]) -> None:
             parameter.requires_grad_(True)
 
 
+def prepare_model(model: nn.Module, method: str) -> None:
+    """Let a model make itself ready for a stage of training.
+
+    Args:
+        model: A model, or a PEFT model around one.
+        method: Name of its public method without arguments.
+
+    Raises:
+        ValueError: The model has no such method.
+    """
+    inner = model.get_base_model() if _is_peft_model(model) else model
+    call = None if method.startswith("_") else getattr(inner, method, None)
+    if not callable(call):
+        raise ValueError(
+            f"prepare_model={method!r} is no method of {type(inner).__name__}. Name one that takes no arguments, or "
+            "leave prepare_model=None."
+        )
+    call()
+
+
 def find_last_checkpoint(output_dir: str) -> str | None:
     """Find the newest checkpoint that was written to its end.
 
@@ -128,8 +148,8 @@ class VideoSFTTrainer(Trainer):
             )
         if data_collator is None:
             data_collator = _default_collator(processing_class, args)
-        if model is not None and args.trainable_parts is not None:
-            set_trainable_parts(model, args.trainable_parts)
+        if model is not None:
+            _prepare(model, args)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
@@ -139,10 +159,9 @@ class VideoSFTTrainer(Trainer):
         self._start_throughput_window()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Build the model with `model_init` and freeze what does not learn."""
+        """Build the model with `model_init`, prepare it and freeze what does not learn."""
         model = super().call_model_init(trial)
-        if self.args.trainable_parts is not None:
-            set_trainable_parts(model, self.args.trainable_parts)
+        _prepare(model, self.args)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -286,6 +305,13 @@ class VideoSFTTrainer(Trainer):
             return {}
         first = groups[0]["initial_lr"]
         return {f"learning_rate_{part}": logged * peak / first for part, peak in peaks.items()}
+
+
+def _prepare(model: nn.Module, args: VideoSFTConfig) -> None:
+    if args.prepare_model is not None:
+        prepare_model(model, args.prepare_model)
+    if args.trainable_parts is not None:
+        set_trainable_parts(model, args.trainable_parts)
 
 
 def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
