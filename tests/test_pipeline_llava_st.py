@@ -17,6 +17,7 @@ from tests.videos import make_video
 QUESTION = "What happens?"
 NEW = {"max_new_tokens": 4}
 WIDTH, HEIGHT, SECONDS = 64, 48, 6.0  # 48 frames at 8 per second
+LAST = SECONDS - 1 / 8  # where the last frame lies, for which the last time token stands
 TUBE = "{<TEMP-001><TEMP-003>} <TEMP-001>:[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>]"
 
 
@@ -91,11 +92,12 @@ def test_times_and_boxes_are_those_of_the_source(pipe, video, say):
     assert result["answer"] == TUBE and "<TEMP-001>" in result["generated_text"]
     found = result["grounding"]
     # Six times: steps of a fifth; five places: steps of a quarter.
-    assert found.spans == (Span(pytest.approx(1 / 5 * SECONDS), pytest.approx(3 / 5 * SECONDS)),)
+    assert found.spans == (Span(pytest.approx(1 / 5 * LAST), pytest.approx(3 / 5 * LAST)),)
     assert found.tubes[0].boxes == (Box(0.0, pytest.approx(HEIGHT / 4), pytest.approx(WIDTH / 2), HEIGHT),)
-    assert found.tubes[0].times == pytest.approx((SECONDS / 5,)) and not found.malformed
+    assert found.tubes[0].times == pytest.approx((LAST / 5,)) and not found.malformed
     cut = pipe(video, QUESTION, start=2.0, end=5.0)["grounding"]
-    assert (cut.spans[0].start, cut.spans[0].end) == pytest.approx((2 + 3 / 5, 2 + 9 / 5), abs=1e-6)
+    # Frames 16 to 39 lie at 2 s to 4.875 s.
+    assert (cut.spans[0].start, cut.spans[0].end) == pytest.approx((2 + 2.875 / 5, 2 + 3 * 2.875 / 5), abs=1e-6)
 
 
 def test_boxes_of_pictures(pipe, say):
@@ -117,13 +119,14 @@ def prompt_of(pipe, row, **kwargs):
 
 def test_seconds_and_pixels_of_a_question_become_coordinates(pipe, video):
     row = {"video": video, "question": "the dog"}
-    text, values, _ = prompt_of(pipe, row, grounding_task="svg", span=(1.5, 4.5))
+    text, values, _ = prompt_of(pipe, row, grounding_task="svg", span=(LAST / 4, LAST * 3 / 4))
     assert "the dog" in text and "{<TEMP-INPUT>,<TEMP-INPUT>}" in text
     assert values == pytest.approx([0.25, 0.75], abs=1e-6)
-    assert prompt_of(pipe, row, grounding_task="svg", span=(3.0, 4.5), start=1.5, end=4.5)[1] == pytest.approx(
-        [0.5, 1]
-    )
-    elc = {"video": video, "grounding_task": "elc", "span": 3.0, "box": (16, 12, 32, 48)}
+    # Frames 12 to 35 lie at 1.5 s to 4.375 s; the last one is shown until 4.5 s.
+    for end in (4.375, 4.45, 4.5):
+        cut = prompt_of(pipe, row, grounding_task="svg", span=(1.5 + 2.875 / 2, end), start=1.5, end=4.5)
+        assert cut[1] == pytest.approx([0.5, 1], abs=1e-6)
+    elc = {"video": video, "grounding_task": "elc", "span": LAST / 2, "box": (16, 12, 32, 48)}
     values = prompt_of(pipe, elc)[1]
     assert values == pytest.approx([0.5, 0.25, 0.25, 0.5, 1.0], abs=1e-6)
     assert prompt_of(pipe, {**row, "grounding_task": "tvg"}, grounding_task="svg")[0].count("textual query") == 1
@@ -131,19 +134,41 @@ def test_seconds_and_pixels_of_a_question_become_coordinates(pipe, video):
     assert "During the span of" in other
     frames = np.zeros((12, HEIGHT, WIDTH, 3), np.uint8)
     given = {"video": frames, "question": "it", "video_metadata": {"fps": 2.0, "total_num_frames": 12}}
-    assert prompt_of(pipe, given, grounding_task="svg", span=(1.5, 4.5))[1] == pytest.approx([0.25, 0.75], abs=1e-6)
+    values = prompt_of(pipe, given, grounding_task="svg", span=(1.1, 4.4))[1]
+    assert values == pytest.approx([0.2, 0.8], abs=1e-6)  # from 0 s to 5.5 s
+    values = prompt_of(pipe, given, grounding_task="svg", span=(2.0, 2.75), start=1.0, end=4.0)[1]
+    assert values == pytest.approx([0.4, 0.7], abs=1e-6)  # from 1 s to 3.5 s
+    given["video_metadata"] = {"fps": 10.0, "total_num_frames": 120, "frames_indices": list(range(5, 120, 10))}
+    values = prompt_of(pipe, given, grounding_task="svg", span=(1.6, 6.0))[1]
+    assert values == pytest.approx([0.1, 0.5], abs=1e-6)  # from 0.5 s to 11.5 s
+
+
+def test_a_question_and_its_answer_mean_the_same_seconds(pipe, tmp_path, say):
+    """Whatever is cut, the time token of a second in the question is read back as that second."""
+    clip = str(make_video(tmp_path / "ntsc.mp4", num_frames=50, fps=7, size=(WIDTH, HEIGHT)))
+    for start, end in ((None, None), (2.05, None), (None, 5.93), (1.3, 4.77)):
+        second = 3.125
+        values = prompt_of(
+            pipe, {"video": clip, "question": "it"}, grounding_task="svg", span=(second, 4.0), start=start, end=end
+        )[1]
+        say(f"{{<t{values[0]:.9f}><t1>}}")
+        found = pipe(clip, QUESTION, start=start, end=end)["grounding"]
+        # A question holds three digits of a fraction of at most 7 s.
+        assert found.spans[0].start == pytest.approx(second, abs=0.0035), (start, end)
 
 
 def test_the_event_that_was_asked_for_begins_where_the_question_says(pipe, video, say):
     say("Ends in <TEMP-004>, it jumps. <TEMP-003>:[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>]")
     found = pipe(video, grounding_task="elc", span=1.2, box=(0, 0, 10, 10))["grounding"]
-    assert found.spans == (Span(1.2, pytest.approx(4.8)),) and found.captions[0].text == "it jumps"
+    assert found.spans == (Span(1.2, pytest.approx(0.8 * LAST)),) and found.captions[0].text == "it jumps"
 
 
 def test_coordinates_stay_exact_in_half_precision(checkpoint, video):
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.bfloat16)
     half = VideoQuestionAnsweringPipeline(model=model, processor=tiny_llava_st_processor(), device="cpu")
-    _, values, tensors = prompt_of(half, {"video": video, "question": "it"}, grounding_task="svg", span=(0.006, 3.0))
+    _, values, tensors = prompt_of(
+        half, {"video": video, "question": "it"}, grounding_task="svg", span=(LAST / 1000, LAST / 2)
+    )
     assert tensors["pixel_values_videos"].dtype == torch.bfloat16
     assert values == pytest.approx([0.001, 0.5], abs=1e-6)
 

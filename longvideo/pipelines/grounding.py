@@ -1,7 +1,8 @@
 """Questions for times and places, and answers that hold them, for processors that know both.
 
 Nothing here knows an architecture. What is used: `apply_task` of the processor, which writes the question of a task,
-and `post_process_grounding`, which reads times and boxes out of an answer.
+`post_process_grounding`, which reads times and boxes out of an answer, and `seen_period`, which says what part of the
+source their times are fractions of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ class Source:
     Attributes:
         task: task that was asked, or None.
         size: (width, height) of the source in pixels, or None.
-        duration: seconds of the part that the model saw, None for a picture.
-        start: second of the source at which that part begins.
+        duration: seconds that the times of questions and answers are fractions of, None for a picture.
+        start: second of the source at which these begin.
         event_start: second at which the event that was asked for begins, where the question said it.
+        end: second at which the video, or its cut, is over; its last frame is shown until then.
     """
 
     task: str | None = None
@@ -32,6 +34,7 @@ class Source:
     duration: float | None = None
     start: float = 0.0
     event_start: float | None = None
+    end: float | None = None
 
 
 def answers_with_places(processor: Any) -> bool:
@@ -146,21 +149,31 @@ def task_messages(
     if box is not None:
         options["box"] = tuple(float(pixel) for pixel in box)
     if options.keys() - {"pattern"}:
-        facts = find_facts(kind, block, given.get("video_metadata"))
+        facts = find_facts(processor, kind, block, given.get("video_metadata"))
         if span is not None and kind == "video" and facts.duration is None:
             raise ValueError(
                 "A span in seconds needs to know how long the video is, which an array does not say: pass "
                 "video_metadata={'fps': ...}."
             )
         options.update(size=facts.size, duration=facts.duration, start=facts.start)
+        if len(options.get("span_seconds", ())) == 2:
+            options["span_seconds"] = _to_last_frame(options["span_seconds"], facts)
     messages = processor.apply_task(given["grounding_task"], **{kind: block}, query=query, **options)
     return messages, begin
 
 
-def find_facts(kind: str, block: Mapping[str, Any], video_metadata: Any = None) -> Source:
+def _to_last_frame(span: tuple[float, float], facts: Source) -> tuple[float, float]:
+    """Let a span that reaches to the end of the video end with its last frame."""
+    begin, end = span
+    last = facts.start + (facts.duration or 0.0)
+    return begin, last if facts.end is not None and begin < last < end <= facts.end + 1e-6 else end
+
+
+def find_facts(processor: Any, kind: str, block: Mapping[str, Any], video_metadata: Any = None) -> Source:
     """Find size, length and start of a visual before it is decoded.
 
     Args:
+        processor: of the model; its `seen_period` says what times are fractions of.
         kind: "video" or "image".
         block: of the visual.
         video_metadata: `fps` and the like of a video given as an array.
@@ -176,11 +189,13 @@ def find_facts(kind: str, block: Mapping[str, Any], video_metadata: Any = None) 
         from longvideo.processing.shared.video_io import describe_video
 
         facts = describe_video(source, start=start, end=end)
-        return Source(size=(facts.width, facts.height), duration=facts.duration, start=start or 0.0)
-    length = _array_seconds(source, video_metadata)
-    if length is not None:
-        length = min(length, length if end is None else end) - (start or 0.0)
-    return Source(size=_frame_size(source), duration=length, start=start or 0.0)
+    else:
+        facts = _describe_array(source, video_metadata, start=start, end=end)
+        if facts is None:
+            return Source(size=_frame_size(source), start=start or 0.0)
+    begin, seconds = processor.seen_period(facts)
+    over = None if facts.duration is None else (start or 0.0) + facts.duration
+    return Source(size=(facts.width, facts.height), duration=seconds, start=begin, end=over)
 
 
 def _picture_size(image: Any) -> tuple[float, float]:
@@ -200,21 +215,29 @@ def _frame_size(frames: Any) -> tuple[float, float]:
     return width, height
 
 
-def _array_seconds(frames: Any, metadata: Any) -> float | None:
-    def read(name: str) -> Any:
-        return metadata.get(name) if isinstance(metadata, Mapping) else getattr(metadata, name, None)
+def _describe_array(frames: Any, metadata: Any, *, start: float | None, end: float | None) -> Any:
+    """Describe frames as the video processor will, cut or not; None where nothing says how long they are."""
+    from longvideo.processing.shared.frame_sampling import check_rate, clip_range
+    from longvideo.processing.shared.video_inputs import describe_array, to_metadata
 
-    if metadata is None:
+    known = None if metadata is None else to_metadata(metadata)
+    if known is None or (known.duration is None and not known.fps):
         return None
-    if read("duration") is not None:
-        return float(read("duration"))
-    return len(frames) / read("fps") if read("fps") else None
+    width, height = _frame_size(frames)
+    # Only the shape is looked at.
+    facts = describe_array(torch.empty(len(frames), 0, int(height), int(width)), known, times=None, duration=None)
+    if start is not None or end is not None:
+        rate = check_rate(facts.fps)
+        first, count, facts.duration = clip_range(len(frames), rate, start=start, end=end)
+        facts.start, facts.frame_times = start, [index / rate for index in range(first, first + count)]
+    return facts
 
 
-def describe_source(encoded: Mapping[str, Any], task: str | None, event_start: float | None) -> Source:
+def describe_source(processor: Any, encoded: Mapping[str, Any], task: str | None, event_start: float | None) -> Source:
     """Say what an answer speaks about: the first video of a sample, or its first picture.
 
     Args:
+        processor: of the model; its `seen_period` says what times are fractions of.
         encoded: output of the processor with `video_metadata` and `image_sizes`.
         task: task that was asked, or None.
         event_start: second at which the event begins that was asked for, or None.
@@ -224,7 +247,8 @@ def describe_source(encoded: Mapping[str, Any], task: str | None, event_start: f
     """
     for facts in encoded.get("video_metadata") or ():
         size = (facts.width, facts.height) if facts.width and facts.height else None
-        return Source(task, size, facts.duration, float(getattr(facts, "start", None) or 0.0), event_start)
+        start, seconds = processor.seen_period(facts)
+        return Source(task, size, seconds, start, event_start)
     for size in encoded.get("image_sizes", ()):
         return Source(task, tuple(int(side) for side in size))
     return Source(task)

@@ -198,7 +198,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
             processor_kwargs=options,
         )
         if grounding.answers_with_places(self.processor):
-            source = grounding.describe_source(encoded, *source)
+            source = grounding.describe_source(self.processor, encoded, *source)
             encoded.pop("image_sizes", None)
         tensors = {key: self._cast(key, value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
         about = {

@@ -43,7 +43,7 @@ def answer_sources(
         metadata: Video metadata, one for all answers or one per answer, for what is None of the above.
 
     Returns:
-        `size`, `duration` and `start` of each.
+        `size`, `duration` and `start` of each; from metadata the last two are those of `seen_period`.
 
     Raises:
         ValueError: Numbers of entries and answers differ.
@@ -62,12 +62,40 @@ def answer_sources(
     ):
         if known is not None:
             size = (known.width, known.height) if size is None else size
-            duration = known.duration if duration is None else duration
-            start = getattr(known, "start", None) if start is None else start
+            begin, seconds = seen_period(known)
+            duration, start = seconds if duration is None else duration, begin if start is None else start
         if isinstance(size, list | tuple) and None in size:
             size = None
         listed.append({"size": size, "duration": duration, "start": float(start or 0.0)})
     return listed
+
+
+def seen_period(metadata: Any) -> tuple[float, float | None]:
+    """Tell which seconds of the source the first and the last time token stand for.
+
+    Frames are taken evenly from the first to the last one, and the k-th of them goes with the k-th time token.
+
+    Args:
+        metadata: Of a video, with or without the frames that were taken.
+
+    Returns:
+        Second of the first frame, and the seconds from there to the last frame; where there is one frame alone, the
+        time for which it is shown, and None where no duration is known.
+
+    Source: annotations of ST-Align and inference/src/metrics.py of appletea233/LLaVA-ST, `(frame - first) / (last -
+    first)`. `Differs:` the demo of the release multiplies by the duration, which ends one frame later.
+    """
+    start, duration = getattr(metadata, "start", None), metadata.duration
+    times, last = getattr(metadata, "frame_times", None), getattr(metadata, "last_frame_time", None)
+    if times is None and metadata.fps and metadata.frames_indices is not None:
+        times = [index / metadata.fps for index in metadata.frames_indices]
+    first = float(start or 0.0)
+    if times is not None and len(times) > 1:
+        # A cut may begin while its first frame is on the screen already.
+        first, last = times[0] if start is None else max(times[0], start), times[-1]
+    elif last is None and duration is not None and metadata.total_num_frames:
+        last = first + duration * (metadata.total_num_frames - 1) / metadata.total_num_frames
+    return first, float(last - first) if last is not None and last > first else duration
 
 
 def one_per_answer(value: Any, count: int, name: str, *, is_pair: bool = False) -> list[Any]:

@@ -100,8 +100,9 @@ def parse_grounding(
         text: The answer, decoded with `skip_special_tokens=False`, because coordinates are special tokens.
         size: (width, height) of the source frames in pixels, or {"width": ..., "height": ...}; None for a question
             about time only: boxes are then reported as malformed.
-        duration: Length of what the model saw, in seconds; None for an image: times are then reported as malformed.
-        start: Where in the source video that began, in seconds.
+        duration: Seconds from the first to the last frame of what the model saw; None for an image: times are then
+            reported as malformed.
+        start: Second of the source video at which the first frame lies.
         task: One of TASKS. It says what captions the answer has, and that all boxes with times are one tube; without
             it both are told from the answer's form.
         event_start: Start in seconds of the event that the question of "elc" named. An answer "Ends in ..." gives the

@@ -10,7 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from longvideo.processing.llava_st import register as _register
-from longvideo.processing.llava_st.answer_sources_llava_st import answer_sources, answer_texts
+from longvideo.processing.llava_st.answer_sources_llava_st import answer_sources, answer_texts, seen_period
 from longvideo.processing.llava_st.coordinate_text_llava_st import (
     COORDINATE,
     align_values,
@@ -434,6 +434,18 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
         }
         check_expanded(text, text_inputs, tokens=tokens, max_tokens=getattr(self.tokenizer, "model_max_length", None))
 
+    def seen_period(self, metadata: Any) -> tuple[float, float | None]:
+        """Tell which seconds of the source the times of questions and answers are fractions of.
+
+        Args:
+            metadata: An entry of `video_metadata`, or what `describe_video` says of a file.
+
+        Returns:
+            Second of the first frame, and the seconds from there to the last one (None where nothing is known of
+            them): `start` and `duration` of `apply_task` and of `post_process_grounding`.
+        """
+        return seen_period(metadata)
+
     def post_process_grounding(
         self,
         outputs: Any,
@@ -449,8 +461,9 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
         Args:
             outputs: An answer or several: text, token ids without the prompt's, or a (B, S) tensor of them.
             sizes: (width, height) of the source in pixels, one pair for all or one per answer.
-            durations: Seconds of the part of the source that the model saw, one number for all or one per answer.
-            starts: Second of the source at which that part begins, likewise; 0 when None.
+            durations: Seconds from the first to the last frame of what the model saw, one number for all or one per
+                answer; see `seen_period`.
+            starts: Second of the source at which the first frame lies, likewise; 0 when None.
             metadata: `video_metadata` of the call, one entry per answer, in place of the three above.
             **kwargs: `task` and what else `parse_grounding` takes, the same for all answers.
 

@@ -139,9 +139,9 @@ def task_question(
         span_seconds: (start, end) in seconds of the source video.
         time_seconds: Begin of an event in seconds of the source video ("elc"); the start of `span_seconds` when None.
         box: (left, top, right, bottom) in pixels of the source.
-        duration: Seconds of the part of the source that the model sees; needed for times.
+        duration: Seconds from the first to the last frame of what the model sees; needed for times.
         size: (width, height) of the source in pixels, or a mapping with both; needed for boxes.
-        start: Second of the source at which that part begins.
+        start: Second of the source at which the first frame lies.
         pattern: Index into the questions of the task.
         benchmark_style: Whether spans and boxes are written without commas and with blanks around them, as the
             release's benchmark scripts do, and not as its demo does.
@@ -229,8 +229,8 @@ def time_fraction(seconds: float, *, duration: float | None, start: float = 0.0,
 
     Args:
         seconds: Second of the source.
-        duration: Seconds of the part that the model sees.
-        start: Second of the source at which it begins.
+        duration: Seconds from the first to the last frame of what the model sees.
+        start: Second of the source at which the first frame lies.
         clip: Whether times outside of it are clipped.
 
     Returns:

@@ -62,8 +62,8 @@ class LlavaSTVideoProcessor(StretchedVideos, BaseVideoProcessor):
     """Reads, samples, stretches and normalises videos; every video becomes the same number of frames.
 
     The frames lie evenly from the first to the last one, both included, in the whole video or in its `split`. Where
-    there are fewer, frames repeat. Times of an answer map linearly all the same: a time token of value v in [0, 1]
-    stands for `metadata.start + v * metadata.duration` seconds, whatever frames were repeated.
+    there are fewer, frames repeat. Times of an answer map linearly all the same: a time token of value 0 stands for
+    the first frame, one of value 1 for the last (`LlavaSTProcessor.seen_period`), whatever frames were repeated.
     This holds for arrays and lists of frames too; only `do_sample_frames=False` keeps every frame of any source.
     Other numbers of frames (`num_frames`, `fps`, `max_frames`) are for models whose time table is interpolated; what
     follows from a rate or a limit is rounded to a multiple of `temporal_factor`.
@@ -407,7 +407,7 @@ def describe_split(
     begin = facts.frame_times[0] if facts.frame_times else first * step
     # The last frame of the range stays on the screen until the next one.
     stop = facts.frame_times[-1] + step if facts.frame_times and len(facts.frame_times) > 1 else begin + count * step
-    facts.total_num_frames = count
+    facts.total_num_frames, facts.last_frame_time = count, None
     facts.start = begin if start is None else float(start)
     facts.end = stop if end is None else min(float(end), facts.source_duration)
     facts.duration = facts.end - facts.start

@@ -45,6 +45,7 @@ class SourceVideoMetadata(VideoMetadata):
         start: Begin of the cut in seconds, None when not cut.
         end: End of the cut in seconds, None when not cut.
         is_variable_frame_rate: Whether the distances between source frames differ by more than rounding.
+        last_frame_time: Seconds of the last frame of the cut, None for what did not come from a file.
     """
 
     frame_times: list[float] | None = None
@@ -53,6 +54,7 @@ class SourceVideoMetadata(VideoMetadata):
     start: float | None = None
     end: float | None = None
     is_variable_frame_rate: bool = False
+    last_frame_time: float | None = None
 
     def __iter__(self) -> Iterator[str]:
         return (entry.name for entry in fields(VideoMetadata))
@@ -417,6 +419,7 @@ def cut_metadata(info: VideoInfo, *, start: float | None, end: float | None) -> 
         start=start,
         end=end,
         is_variable_frame_rate=info.is_variable_frame_rate,
+        last_frame_time=float(info.frame_times[first + count - 1]),
     )
     return metadata, first
 

@@ -61,10 +61,11 @@ def test_times_and_boxes_in_text_and_json(run, say, video):
     say(TUBE)
     code, out, err = run("the dog", "--task", "stvg")
     assert code == 0 and out.strip() == TUBE
-    assert "span 1.20 to 3.60 s" in err and "tube of 1 boxes, (0, 12, 32, 48) at 1.20 s" in err
+    assert "span 1.18 to 3.52 s" in err and "tube of 1 boxes, (0, 12, 32, 48) at 1.18 s" in err
     code, out, _ = run("the dog", "--task", "stvg", "--json")
     report = json.loads(out)
-    assert report["grounding"]["spans"] == [{"start": pytest.approx(1.2), "end": pytest.approx(3.6)}]
+    # A fifth and three fifths of the time of the last frame, 5.875 s.
+    assert report["grounding"]["spans"] == [{"start": pytest.approx(1.175), "end": pytest.approx(3.525)}]
     box = {"x1": 0.0, "y1": pytest.approx(12), "x2": pytest.approx(32), "y2": 48.0}
     assert report["grounding"]["tubes"][0]["boxes"] == [box] and "drawing" not in report
     assert report["token_counts"]["visual_tokens"] == 14

@@ -223,9 +223,9 @@ def test_short_videos_repeat_frames_and_keep_a_linear_time(processor, tmp_path):
         assert inputs["pixel_values_videos"].shape[1] == 6
         assert facts_of(inputs).frames_indices == [round(i / 5 * (count - 1)) for i in range(6)]
         assert facts_of(inputs).duration == pytest.approx(count / 8)
-    # Half of the time, whatever was repeated.
-    result = processor.post_process_grounding("{<TEMP-000>,<TEMP-005>}", metadata=facts_of(inputs))
-    assert (result.spans[0].start, result.spans[0].end) == (0.0, pytest.approx(0.5))
+        result = processor.post_process_grounding("{<TEMP-000>,<TEMP-005>}", metadata=facts_of(inputs))
+        # The last token is the last frame, whatever was repeated; of one frame the time for which it is shown.
+        assert (result.spans[0].start, result.spans[0].end) == (0.0, pytest.approx(max(count - 1, 1) / 8))
 
 
 def test_frames_in_any_form_give_the_same_pixels(processor, tmp_path):
@@ -257,9 +257,12 @@ def test_frames_that_were_sampled_before(processor):
     sampled = VideoMetadata(total_num_frames=300, fps=30.0, frames_indices=[0, 100, 200, 299])
     facts = facts_of(ask(processor, messages(video=frames_of(4)), video_metadata=[sampled]))
     assert facts.frames_indices == [0, 100, 100, 200, 200, 299]
-    assert facts.duration == 10.0
+    assert facts.duration == 10.0 and processor.seen_period(facts) == (0.0, pytest.approx(299 / 30))
     facts = facts_of(ask(processor, messages(video=frames_of(4), timestamps=[1.0, 3.0, 5.0, 7.0])))
-    assert facts.timestamps == [1.0, 3.0, 3.0, 5.0, 5.0, 7.0]
+    assert facts.timestamps == [1.0, 3.0, 3.0, 5.0, 5.0, 7.0] and processor.seen_period(facts) == (1.0, 6.0)
+    bare = VideoMetadata(total_num_frames=40, fps=None, duration=10.0)
+    assert processor.seen_period(bare) == (0.0, pytest.approx(9.75))
+    assert processor.seen_period(VideoMetadata(total_num_frames=40)) == (0.0, None)
     with pytest.raises(ValueError, match="need a file, or frames that were not sampled before"):
         ask(processor, messages(video=frames_of(4), timestamps=[1.0, 3.0, 5.0, 7.0], split=(0, 2)))
 
@@ -605,11 +608,11 @@ def test_answers_map_back_to_seconds_and_pixels(processor, clip):
     answer = "{<TEMP-000><TEMP-005>} [<WIDTH-001><HEIGHT-000><WIDTH-004><HEIGHT-002>]"
     result = processor.post_process_grounding(answer, metadata=[facts])
     span, box = result.spans[0], result.boxes[0]
-    assert (span.start, span.end) == (2.0, 6.0)
+    assert (span.start, span.end) == (2.0, 5.875), "frames 16 and 47 at 8 per second"
     assert (box.x1, box.y1, box.x2, box.y2) == (16.0, 0.0, 64.0, 24.0)
     ids = processor.tokenizer(answer + "<|im_end|><|endoftext|>", return_tensors="pt")["input_ids"]
     for outputs in (ids[0], ids[0].tolist()):
-        again = processor.post_process_grounding(outputs, (64, 48), 4.0, starts=2.0)
+        again = processor.post_process_grounding(outputs, (64, 48), 3.875, starts=2.0)
         assert (again.spans, again.boxes) == (result.spans, result.boxes)
     batch = processor.post_process_grounding(torch.cat([ids, ids]), [(64, 48), (128, 96)], [4.0, 8.0], starts=[2.0, 0])
     assert batch[0].boxes == result.boxes
