@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--question",
         metavar="TEXT",
-        help=f'what to ask about --video (default "{DEFAULT_QUESTION}"), or what a model of times and boxes shall find',
+        help=f'what to ask about --video (default "{DEFAULT_QUESTION}"), or what shall be found',
     )
     parser.add_argument("--model", metavar="PATH_OR_ID", help="checkpoint (default: the tiny one in the package)")
     parser.add_argument("--seed", type=int, default=7, help="which held-out scene is rendered (default 7)")
