@@ -6,6 +6,8 @@
 Videos and pictures are written as files and go through the processor and the model as any user's do; answers are
 generated greedily and read as the pipeline reads them. Whatever is missing or cannot be read counts as zero. The
 column "blind" scores one fixed span and one fixed box, the means of the training split, as answer to every question.
+The words of "reg", "tr" and "elc" count as right when they are those of the truth; with pycocoevalcap and Java METEOR,
+CIDEr and the like are printed as well, and without them what is missing.
 
 With `--json` the answers are kept while the evaluation runs; the same command goes on where it was stopped.
 """
@@ -29,6 +31,7 @@ from longvideo.evaluation.corpus.grounding_rows import write_item
 from longvideo.evaluation.metrics import (
     bootstrap_interval,
     box_iou,
+    caption_scores,
     mean_score,
     temporal_iou,
     tube_iou,
@@ -68,8 +71,7 @@ def score_answer(row: Mapping[str, Any], found: GroundingResult, num_frames: int
         iou = box_iou(_edges(found.boxes[0]), row["box"]) if found.boxes else 0.0
         scores = {"mIoU": iou, "P@0.5": float(iou >= 0.5)}
     if row["caption"] is not None:
-        said = found.captions[0].text.rstrip(" .") if found.captions else ""
-        scores["match"] = float(said == row["caption"])
+        scores["match"] = float(_words(found) == row["caption"])
     if task in ("tvg", "stvg", "elc"):
         span = found.spans[0] if found.spans else None
         iou = temporal_iou((span.start, span.end), row["span"]) if span is not None else 0.0
@@ -81,6 +83,10 @@ def score_answer(row: Mapping[str, Any], found: GroundingResult, num_frames: int
         true_boxes = {round(t * place): box for t, box in zip(row["tube"]["times"], row["tube"]["boxes"], strict=True)}
         scores["m_sIoU"], scores["m_stIoU"] = tube_iou(said_boxes, true_boxes)
     return {name: scores[name] for name in SCORES[task]}
+
+
+def _words(found: GroundingResult) -> str:
+    return found.captions[0].text.rstrip(" .") if found.captions else ""
 
 
 def _edges(box: Box) -> tuple[float, float, float, float]:
@@ -180,7 +186,8 @@ def record_answer(row: Mapping[str, Any], text: str, processor: ProcessorMixin, 
         num_frames: frames that the model saw.
 
     Returns:
-        `id`, `task`, `question`, `answer`, `truth`, `malformed` (reasons), `scores` and `blind` scores.
+        `id`, `task`, `question`, `answer`, `truth`, `malformed` (reasons), `scores` and `blind` scores; for tasks
+        whose answer is words also these, `said`, and the `caption` of the truth.
     """
     found = parse_grounding(
         text,
@@ -200,6 +207,7 @@ def record_answer(row: Mapping[str, Any], text: str, processor: ProcessorMixin, 
         "malformed": [piece.reason for piece in found.malformed],
         "scores": score_answer(row, found, num_frames),
         "blind": score_answer(row, blind_result(row, num_frames), num_frames),
+        **({} if row["caption"] is None else {"said": _words(found), "caption": row["caption"]}),
     }
 
 
@@ -308,6 +316,40 @@ def summarize(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     return summary
 
 
+def summarize_captions(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Caption scores of the tasks whose answer is words, over all answers of a task.
+
+    Args:
+        records: from `evaluate`.
+
+    Returns:
+        For each task the scores of `metrics.caption_scores`; `missing`, the reason, in place of all where the optional
+        library or Java is not there.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "said" in record:
+            groups.setdefault(record["task"], []).append(record)
+    try:
+        return {
+            task: caption_scores([one["said"] for one in groups[task]], [one["caption"] for one in groups[task]])
+            for task in GROUNDING_TASKS
+            if task in groups
+        }
+    except (ImportError, RuntimeError) as error:
+        return {"missing": str(error)}
+
+
+def format_captions(captions: Mapping[str, Any]) -> str:
+    """The caption scores as lines, or the line that says why there are none; empty without tasks of words."""
+    if "missing" in captions:
+        return f"captions: exact matches only, {captions['missing']}"
+    return "\n".join(
+        f"{task:<5} captions: {', '.join(f'{name} {value:.3f}' for name, value in scores.items())}"
+        for task, scores in captions.items()
+    )
+
+
 def format_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The summary as a table with one line for each score."""
     lines = [f"{'task':<5} {'n':>4} {'score':<8} value  95 % interval  blind  malformed"]
@@ -386,7 +428,11 @@ def run(args: argparse.Namespace) -> int:
         known=known,
         keep=keep,
     )
-    print(format_table(summarize(records)))
+    summary, captions = summarize(records), summarize_captions(records)
+    if path is not None:
+        values = {"settings": settings, "summary": summary, "captions": captions, "answers": records}
+        write_json(path, values)
+    print("\n".join(filter(None, (format_table(summary), format_captions(captions)))))
     print(f"{args.split} questions, greedy; strict scores: what is missing counts as zero; blind: one fixed answer")
     print(f"{time.perf_counter() - start:.0f} s")
     return 0

@@ -11,12 +11,14 @@ from longvideo.evaluation.answer_grounding import (
     blind_answer,
     blind_result,
     evaluate,
+    format_captions,
     format_table,
     generate_answers,
     main,
     record_answer,
     score_answer,
     summarize,
+    summarize_captions,
 )
 from longvideo.evaluation.corpus import GROUNDING_TASKS, grounding_items, grounding_row
 from longvideo.evaluation.corpus.grounding_rows import write_item
@@ -123,6 +125,37 @@ def test_summary_and_table() -> None:
     assert len(lines) == 5
 
 
+def test_words_are_scored_as_captions(rows, processor, monkeypatch) -> None:
+    given = {}
+
+    def score(said: list[str], truths: list[str]) -> dict[str, float]:
+        given[truths[0]] = (said, truths)
+        return {"METEOR": 0.25, "CIDEr": 1.5}
+
+    monkeypatch.setattr(answer_grounding, "caption_scores", score)
+    answers = [row["answer"] if row["task"] != "tr" else "A dog." for row in rows]
+    records = [record_answer(row, text, processor, NUM_FRAMES) for row, text in zip(rows, answers, strict=True)]
+    captions = summarize_captions(records)
+    assert list(captions) == ["reg", "tr", "elc"]
+    for task in captions:
+        truths = [row["caption"] for row in rows if row["task"] == task]
+        assert given[truths[0]] == (["A dog"] * 2 if task == "tr" else truths, truths)
+    assert format_captions(captions).splitlines()[2] == "elc   captions: METEOR 0.250, CIDEr 1.500"
+    assert summarize_captions(record for record in records if record["task"] == "rec") == {}
+    assert format_captions({}) == ""
+
+
+def test_missing_caption_library_is_said(rows, processor, monkeypatch) -> None:
+    def score(said: list[str], truths: list[str]) -> dict[str, float]:
+        raise ImportError("caption metrics need pycocoevalcap")
+
+    monkeypatch.setattr(answer_grounding, "caption_scores", score)
+    records = [record_answer(row, row["answer"], processor, NUM_FRAMES) for row in rows if row["task"] == "elc"]
+    captions = summarize_captions(records)
+    assert captions == {"missing": "caption metrics need pycocoevalcap"}
+    assert format_captions(captions) == "captions: exact matches only, caption metrics need pycocoevalcap"
+
+
 def test_answers_of_a_batch_are_those_alone(model, processor, tmp_path) -> None:
     items = grounding_items(6, tasks=("tvg", "stvg"), size=SIZE, num_frames=NUM_FRAMES)
     rows = [row for item in items for row in write_item(item, tmp_path, size=SIZE)][:3]
@@ -168,7 +201,7 @@ def test_command(model, processor, tmp_path, capsys) -> None:
     table = capsys.readouterr().out
     written = json.loads(out.read_text())
     assert [line.split()[0] for line in table.splitlines()[1:5]] == ["rec", "rec", "tvg", "tvg"]
-    assert written["summary"]["rec"]["num"] == 1 and len(written["answers"]) == 2
+    assert written["summary"]["rec"]["num"] == 1 and len(written["answers"]) == 2 and written["captions"] == {}
     assert [path.name for path in out.parent.iterdir()] == ["scores.json"]
     assert main([*arguments, "--json", str(out)]) == 0
     assert capsys.readouterr().out.splitlines()[:6] == table.splitlines()[:6]
