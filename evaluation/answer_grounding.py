@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from longvideo.evaluation.answer_questions import load_checkpoint, write_json
-from longvideo.evaluation.corpus import GROUNDING_TASKS, GroundingItem, grounding_items
+from longvideo.evaluation.corpus import ALL_TASKS, DENSE_TASKS, GROUNDING_TASKS, GroundingItem, grounding_items
 from longvideo.evaluation.corpus.grounding_rows import write_item
 from longvideo.evaluation.metrics import (
     bootstrap_interval,
@@ -48,6 +48,8 @@ SCORES: dict[str, tuple[str, ...]] = {
     "stvg": ("m_tIoU", "m_sIoU", "m_stIoU"),
     "svg": ("m_sIoU", "m_stIoU"),
     "elc": ("m_tIoU", "m_sIoU", "match"),
+    "dgc": ("mIoU", "match"),
+    "dvc": ("m_tIoU", "match"),
 }
 SHARES = ("P@0.5", "R@0.5", "match")
 ROWS_AT_ONCE = 8
@@ -82,7 +84,24 @@ def score_answer(row: Mapping[str, Any], found: GroundingResult, num_frames: int
         said_boxes = {round(t * place): _edges(box) for t, box in zip(tube.times, tube.boxes, strict=True)}
         true_boxes = {round(t * place): box for t, box in zip(row["tube"]["times"], row["tube"]["boxes"], strict=True)}
         scores["m_sIoU"], scores["m_stIoU"] = tube_iou(said_boxes, true_boxes)
+    if task in DENSE_TASKS:
+        scores = _score_parts(row["parts"], found)
     return {name: scores[name] for name in SCORES[task]}
+
+
+def _score_parts(truths: Sequence[Mapping[str, Any]], found: GroundingResult) -> dict[str, float]:
+    """Boxes or spans of the same words; what is left out and what is made up count as zero."""
+    said = {caption.text.rstrip(" ."): caption for caption in found.captions}
+    overlaps = []
+    for truth in truths:
+        caption = said.get(truth["caption"])
+        if caption is not None and truth["box"] is not None and caption.box is not None:
+            overlaps.append(box_iou(_edges(caption.box), truth["box"]))
+        elif caption is not None and truth["span"] is not None and caption.span is not None:
+            overlaps.append(temporal_iou((caption.span.start, caption.span.end), truth["span"]))
+    words = {truth["caption"] for truth in truths}
+    score = sum(overlaps) / len(words | said.keys())
+    return {"mIoU": score, "m_tIoU": score, "match": float(words == said.keys())}
 
 
 def _words(found: GroundingResult) -> str:
@@ -290,7 +309,7 @@ def _new_rows(
 
 
 def summarize(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Scores of each task with their 95 % intervals, in the order of GROUNDING_TASKS.
+    """Scores of each task with their 95 % intervals, in the order of ALL_TASKS.
 
     Args:
         records: from `evaluate`.
@@ -301,7 +320,7 @@ def summarize(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     """
     records = list(records)
     summary: dict[str, dict[str, Any]] = {}
-    for task in GROUNDING_TASKS:
+    for task in ALL_TASKS:
         own = [record for record in records if record["task"] == task]
         if not own:
             continue
@@ -376,7 +395,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder, id, or architecture whose tiny checkpoint comes with the package (default llava_st)",
     )
     parser.add_argument("--num", type=int, default=500, help="number of questions (default 500)")
-    parser.add_argument("--tasks", nargs="+", choices=GROUNDING_TASKS, default=None, help="tasks (default all)")
+    default = f"tasks (default all but {', '.join(DENSE_TASKS)})"
+    parser.add_argument("--tasks", nargs="+", choices=ALL_TASKS, default=None, help=default)
     parser.add_argument("--split", choices=("held_out", "train"), default="held_out")
     parser.add_argument("--seed", type=int, default=0, help="first scene (default 0)")
     parser.add_argument("--size", type=int, default=128, help="side of the videos in pixels (default 128)")

@@ -2,6 +2,8 @@
 
 from longvideo.evaluation.corpus.captions import describe, describe_frame, list_events
 from longvideo.evaluation.corpus.grounding import (
+    ALL_TASKS,
+    DENSE_TASKS,
     GROUNDING_TASKS,
     Grounding,
     end_to_end_times,
@@ -33,6 +35,8 @@ from longvideo.evaluation.corpus.scenes import DIFFICULTIES, Difficulty, Scene, 
 from longvideo.evaluation.corpus.st_align import read_st_align, write_st_align
 
 __all__ = [
+    "ALL_TASKS",
+    "DENSE_TASKS",
     "DIFFICULTIES",
     "GROUNDING_TASKS",
     "KINDS",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from longvideo.evaluation.corpus.grounding import GROUNDING_TASKS, NUM_FRAMES
+from longvideo.evaluation.corpus.grounding import ALL_TASKS, DENSE_TASKS, NUM_FRAMES
 from longvideo.evaluation.corpus.grounding_rows import write_grounding_corpus
 from longvideo.evaluation.corpus.questions import KINDS
 from longvideo.evaluation.corpus.rows import FORMS, write_corpus
@@ -34,10 +34,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--grounding",
         nargs="*",
-        choices=GROUNDING_TASKS,
+        choices=ALL_TASKS,
         default=None,
         metavar="TASK",
-        help=f"ask about times and places: {', '.join(GROUNDING_TASKS)} (default all)",
+        help=f"ask about times and places: {', '.join(ALL_TASKS)} (default all but {', '.join(DENSE_TASKS)})",
     )
     parser.add_argument(
         "--num-frames", type=int, default=NUM_FRAMES, help=f"frames that tubes have boxes at (default {NUM_FRAMES})"

@@ -14,12 +14,23 @@ from typing import Any
 
 from longvideo.evaluation.corpus.scenes import Actor, Scene
 from longvideo.processing.llava_st.coordinate_text_llava_st import format_coordinate
-from longvideo.processing.llava_st.grounding_llava_st import Box, Span, Tube, format_box, format_span, format_tube
+from longvideo.processing.llava_st.grounding_llava_st import (
+    Box,
+    Caption,
+    Span,
+    Tube,
+    format_box,
+    format_span,
+    format_tube,
+)
 from longvideo.processing.llava_st.tasks_llava_st import TASKS, task_question
 from longvideo.processing.shared.frame_sampling import spread_indices
 
 GROUNDING_TASKS: tuple[str, ...] = ("rec", "reg", "tvg", "tr", "stvg", "svg", "elc")
-IMAGE_TASKS: tuple[str, ...] = ("rec", "reg")
+# Everything in a picture or a video described with its place or time; asked when named, for long answers take long.
+DENSE_TASKS: tuple[str, ...] = ("dgc", "dvc")
+ALL_TASKS: tuple[str, ...] = (*GROUNDING_TASKS, *DENSE_TASKS)
+IMAGE_TASKS: tuple[str, ...] = ("rec", "reg", "dgc")
 EVENT_SORTS: tuple[str, ...] = ("seen", "moves", "coloured", "letter")
 NUM_FRAMES = 20
 # An event that fills nearly the whole video asks for nothing.
@@ -58,16 +69,17 @@ class Grounding:
     """One question with its exact answer.
 
     Args:
-        task: one of GROUNDING_TASKS.
+        task: one of ALL_TASKS.
         question: text with coordinates as `<TEMP-INPUT0.300>`.
         answer: text with coordinates as `<TEMP-OUTPUT0.300>`.
         bucket: what a corpus balances inside a task.
-        subject: the shape it is about, or "letter"; a scene has each shape once.
+        subject: the shape it is about, or "letter", or "all"; a scene has each shape once.
         time: seconds of the frame, for tasks about one frame.
         caption: the words of the truth, for "reg", "tr" and "elc".
         span: seconds of the event.
         box: pixels of the shape in the frame (for "elc" in the first frame of the event).
         tube: seconds and pixels at the sampled frames that show the shape.
+        parts: for DENSE_TASKS the words of the truth, each with its box or its span.
     """
 
     task: str
@@ -80,6 +92,7 @@ class Grounding:
     span: Span | None = None
     box: Box | None = None
     tube: Tube | None = None
+    parts: tuple[Caption, ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -284,6 +297,25 @@ def _tube_groundings(
     return found
 
 
+def _dense_picture(pictures: list[Grounding], writer: _Writer) -> list[Grounding]:
+    """All shapes of the frame that the other questions are about, each with its box."""
+    parts = tuple(Caption(item.caption or "", box=item.box) for item in pictures if item.task == "reg")
+    if not parts:
+        return []
+    answer = ", ".join(f"{part.text} {writer.box(part.box)}" for part in parts)
+    crowd = "alone" if len(parts) == 1 else "crowd"
+    return [Grounding("dgc", writer.ask("dgc"), f"{answer}.", crowd, "all", time=pictures[0].time, parts=parts)]
+
+
+def _dense_events(events: list[Event], writer: _Writer) -> list[Grounding]:
+    """All events of the video, each with its span."""
+    parts = tuple(Caption(event.caption, span=event.span) for event in events)
+    if not parts:
+        return []
+    answer = " ".join(f"{writer.span(part.span)}, {part.text}." for part in parts)
+    return [Grounding("dvc", writer.ask("dvc"), answer, "few" if len(parts) < 4 else "many", "all", parts=parts)]
+
+
 def make_groundings(
     scene: Scene,
     tasks: Iterable[str] | None = None,
@@ -300,15 +332,15 @@ def make_groundings(
         num_frames: frames that the model sees; tubes have boxes at these.
 
     Returns:
-        Questions in the order of GROUNDING_TASKS; the same arguments give the same questions.
+        Questions in the order of ALL_TASKS; the same arguments give the same questions.
 
     Raises:
         ValueError: an unknown task.
     """
     wanted = GROUNDING_TASKS if tasks is None else tuple(tasks)
-    unknown = sorted(set(wanted) - set(GROUNDING_TASKS))
+    unknown = sorted(set(wanted) - set(ALL_TASKS))
     if unknown or not wanted:
-        raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(GROUNDING_TASKS)}")
+        raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(ALL_TASKS)}")
     # The frame is the same whatever else is asked.
     picture_writer = _Writer(scene, size, random.Random(f"{scene.split} {scene.seed} picture"))
     found = _picture_groundings(scene, picture_writer)
@@ -319,4 +351,7 @@ def make_groundings(
         tube = _event_tube(scene, event, times, size)
         if len(tube.times) > 1:
             found += _tube_groundings(event, events, tube, num_frames, writer)
-    return [item for task in GROUNDING_TASKS if task in wanted for item in found if item.task == task]
+    # Chance of their own: the questions of the other tasks are the same with them and without.
+    writer = _Writer(scene, size, random.Random(f"{scene.split} {scene.seed} dense"))
+    found += _dense_picture(found, writer) + _dense_events(events, writer)
+    return [item for task in ALL_TASKS if task in wanted for item in found if item.task == task]

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from longvideo.evaluation.corpus.grounding import (
+    ALL_TASKS,
     GROUNDING_TASKS,
     IMAGE_TASKS,
     NUM_FRAMES,
@@ -22,6 +23,7 @@ from longvideo.evaluation.corpus.grounding import (
 )
 from longvideo.evaluation.corpus.render import render_frames, write_video
 from longvideo.evaluation.corpus.scenes import Difficulty, Scene, make_scene
+from longvideo.processing.llava_st.grounding_llava_st import Box, Span
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def grounding_items(
     """
     if num < 1:
         raise ValueError(f"the number of questions is {num}, expected at least 1")
-    wanted = [task for task in GROUNDING_TASKS if tasks is None or task in tuple(tasks)]
-    unknown = sorted(set(tasks or ()) - set(GROUNDING_TASKS))
+    named = GROUNDING_TASKS if tasks is None else tuple(tasks)
+    wanted, unknown = [task for task in ALL_TASKS if task in named], sorted(set(named) - set(ALL_TASKS))
     if unknown or not wanted:
-        raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(GROUNDING_TASKS)}")
+        raise ValueError(f"unknown grounding tasks {unknown}: use {', '.join(ALL_TASKS)}")
     quota = {task: num // len(wanted) + (place < num % len(wanted)) for place, task in enumerate(wanted)}
     taken: Counter[str] = Counter()
     filled: Counter[tuple[str, str]] = Counter()
@@ -94,7 +96,7 @@ def _choose(
 ) -> list[Grounding]:
     """Takes from one scene what the corpus still lacks, tasks furthest behind first; updates the counts."""
     chosen: list[Grounding] = []
-    for task in sorted(quota, key=lambda task: (taken[task] / max(quota[task], 1), GROUNDING_TASKS.index(task))):
+    for task in sorted(quota, key=lambda task: (taken[task] / max(quota[task], 1), ALL_TASKS.index(task))):
         fitting = [item for item in pool if item.task == task]
         if len(chosen) == limit or taken[task] >= quota[task] or not fitting:
             continue
@@ -125,7 +127,8 @@ def grounding_row(
     Returns:
         Dict with `messages`, `task`, `question`, `answer`, `size` in pixels, `duration` (seconds from the first to the
         last frame, None for a picture) and, where the task has it, `caption`, `span` [start, end] in seconds, `box`
-        [x1, y1, x2, y2] in pixels and `tube` {"times": seconds, "boxes": pixels}.
+        [x1, y1, x2, y2] in pixels, `tube` {"times": seconds, "boxes": pixels} and `parts`, a list of {"caption",
+        "span", "box"}.
     """
     is_image = grounding.task in IMAGE_TASKS
     visual = {"type": "image" if is_image else "video", "path": path}
@@ -143,12 +146,22 @@ def grounding_row(
         "duration": None if is_image else seen_seconds(scene),
         "fps": None if is_image else scene.fps,
         "caption": grounding.caption,
-        "span": None if span is None else [span.start, span.end],
-        "box": None if box is None else [box.x1, box.y1, box.x2, box.y2],
-        "tube": None
-        if tube is None
-        else {"times": list(tube.times), "boxes": [[b.x1, b.y1, b.x2, b.y2] for b in tube.boxes]},
+        "span": _ends(span),
+        "box": _edges(box),
+        "tube": None if tube is None else {"times": list(tube.times), "boxes": [_edges(each) for each in tube.boxes]},
+        "parts": [
+            {"caption": part.text, "span": _ends(part.span), "box": _edges(part.box)} for part in grounding.parts
+        ]
+        or None,
     }
+
+
+def _ends(span: Span | None) -> list[float] | None:
+    return None if span is None else [span.start, span.end]
+
+
+def _edges(box: Box | None) -> list[float] | None:
+    return None if box is None else [box.x1, box.y1, box.x2, box.y2]
 
 
 def write_picture(frame: np.ndarray, path: Path) -> None:

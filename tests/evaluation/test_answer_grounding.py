@@ -20,10 +20,10 @@ from longvideo.evaluation.answer_grounding import (
     summarize,
     summarize_captions,
 )
-from longvideo.evaluation.corpus import GROUNDING_TASKS, grounding_items, grounding_row
+from longvideo.evaluation.corpus import DENSE_TASKS, GROUNDING_TASKS, grounding_items, grounding_row
 from longvideo.evaluation.corpus.grounding_rows import write_item
 from longvideo.evaluation.metrics import bootstrap_interval, wilson_interval
-from longvideo.processing.llava_st.grounding_llava_st import Box, GroundingResult, Span, Tube
+from longvideo.processing.llava_st.grounding_llava_st import Box, Caption, GroundingResult, Span, Tube
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
@@ -79,6 +79,28 @@ def test_scores_by_hand() -> None:
     assert score_answer(rec, GroundingResult("", boxes=(half,)), 6) == {"mIoU": 0.5, "P@0.5": 1.0}
     tvg = {"task": "tvg", "caption": None, "tube": None, "span": [0.0, 4.0]}
     assert score_answer(tvg, GroundingResult("", spans=(Span(0.0, 2.0),)), 6) == {"mIoU": 0.5, "R@0.5": 0.0}
+
+
+def test_descriptions_with_boxes_and_times(processor) -> None:
+    """What is left out and what is made up count as zero."""
+    items = grounding_items(8, tasks=DENSE_TASKS, size=SIZE, num_frames=NUM_FRAMES)
+    dense = [grounding_row(item.scene, one, "a.mp4", size=SIZE) for item in items for one in item.groundings]
+    assert sorted(row["task"] for row in dense) == ["dgc"] * 4 + ["dvc"] * 4
+    for row in dense:
+        record = record_answer(row, row["answer"], processor, NUM_FRAMES)
+        assert record["malformed"] == [] and list(record["scores"]) == list(SCORES[row["task"]])
+        # Three digits of a fraction; a movement of a sixth of the video is the shortest event.
+        assert min(record["scores"].values()) > 0.98, record
+        assert set(record_answer(row, "I do not know.", processor, NUM_FRAMES)["scores"].values()) == {0.0}
+        assert set(record["blind"].values()) == {0.0}, "no words, no pairs"
+    parts = [{"caption": words, "span": [0.0, 4.0], "box": None} for words in ("a", "b")]
+    row = {"task": "dvc", "caption": None, "tube": None, "parts": parts}
+    said = (Caption("a.", span=Span(0.0, 2.0)), Caption("c", span=Span(0.0, 4.0)))
+    assert score_answer(row, GroundingResult("", captions=said), 6) == {"m_tIoU": 0.5 / 3, "match": 0.0}
+    assert score_answer(row, GroundingResult("", captions=(*said[:1], Caption("b", span=Span(0, 4)))), 6) == {
+        "m_tIoU": 0.75,
+        "match": 1.0,
+    }
 
 
 def test_blind_answers_use_what_the_question_tells(rows) -> None:

@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from longvideo.evaluation.corpus import (
+    ALL_TASKS,
+    DENSE_TASKS,
     GROUNDING_TASKS,
     corpus_vocabulary,
     end_to_end_times,
@@ -135,6 +137,24 @@ def test_texts_are_read_back_as_the_truth() -> None:
     assert min(counts[task] for task in GROUNDING_TASKS) >= 25
 
 
+def test_descriptions_name_everything_with_its_place_or_time() -> None:
+    moving = still(x=0.3, enter=2.0, leave=14.0, motion=Motion("right", 4.0, 8.0, 0.4))
+    scene = scene_of(moving, still("ring", "blue", x=0.7, y=0.2))
+    picture, video = make_groundings(scene, DENSE_TASKS, size=SIZE)
+    named = {item.caption: item.box for item in make_groundings(scene, ["reg"], size=SIZE)}
+    assert picture.task == "dgc" and {part.text: part.box for part in picture.parts} == named
+    assert "with interleaved bounding boxes" in picture.question and picture.time is not None
+    read = parse_grounding(picture.answer, size=SIZE, duration=None, task="dgc")
+    assert not read.malformed and [part.text for part in read.captions] == [part.text for part in picture.parts]
+    assert video.task == "dvc" and [(part.text, part.span) for part in video.parts] == [
+        ("red circle is seen", Span(2.0, 14.0)),
+        ("red circle moves right", Span(4.0, 8.0)),
+    ]
+    read = parse_grounding(video.answer, size=SIZE, duration=seen_seconds(scene), task="dvc")
+    assert not read.malformed and [part.text for part in read.captions] == [part.text for part in video.parts]
+    assert read.captions[0].span.start == pytest.approx(2.0, abs=0.0005 * 16)
+
+
 def test_a_description_of_a_time_names_one_event() -> None:
     """Where two events nearly share their times, neither is asked for by them."""
     one, other = still(enter=2.0, leave=6.0), still("ring", "blue", enter=2.2, leave=6.1, x=0.2)
@@ -147,7 +167,9 @@ def test_a_description_of_a_time_names_one_event() -> None:
 def test_questions_repeat_and_tasks_do_not_change_each_other() -> None:
     scene = make_scene(11)
     everything = make_groundings(scene)
-    assert everything == make_groundings(scene)
+    assert everything == make_groundings(scene) and not {item.task for item in everything} & set(DENSE_TASKS)
+    named = make_groundings(scene, ALL_TASKS)
+    assert named[: len(everything)] == everything and {item.task for item in named} >= set(DENSE_TASKS)
     assert make_groundings(scene, ["svg"]) == [item for item in everything if item.task == "svg"]
     with pytest.raises(ValueError, match="unknown grounding tasks \\['dense'\\]: use rec, reg"):
         make_groundings(scene, ["dense"])
