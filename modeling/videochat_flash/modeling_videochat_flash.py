@@ -29,13 +29,8 @@ from longvideo.modeling.videochat_flash.vision_videochat_flash import (
     VideoChatFlashVisionMixin,
     VideoChatFlashVisionOutput,
 )
-from longvideo.modeling.videochat_flash.visual_dropout import (
-    VisualDropoutPlan,
-    VisualDropoutStage,
-    build_plan,
-    decode_with_visual_dropout,
-    dropout_memory,
-)
+from longvideo.modeling.videochat_flash.visual_dropout import VisualDropoutPlan, VisualDropoutStage, build_plan
+from longvideo.modeling.videochat_flash.visual_dropout_decoder import decode_with_visual_dropout, dropout_memory
 
 TOWERS = {model.config_class.model_type: model for model in (UMTVisionModel, InternVideo2VisionModel)}
 
