@@ -10,7 +10,7 @@ Shapes: B batch, S sequence in ids, S' sequence with visual tokens, F frames, T 
 V visual tokens, D language width, E width of the connector.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from longvideo.modeling.layers.placeholders import InsertedSequence
 from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.longvu.generation_longvu import (
     LongVUGenerationMixin,
@@ -283,14 +284,8 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if use_cache is None:
-            use_cache = getattr(self.language_model.config, "use_cache", True)
-        if self.training and getattr(self.language_model, "gradient_checkpointing", False):
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.language_model.config)
+        use_cache, past_key_values = self._settle_cache(use_cache, past_key_values)
         num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-
         inputs = VisualInputs(
             pixel_values_videos,
             pixel_values_videos_dino,
@@ -303,22 +298,12 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
         )
         mask, selections = None, pending_selections(past_key_values, num_cached)
         if inputs or (num_cached == 0 and self._has_placeholders(input_ids)):
-            num_ids = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-            cached_mask, mask = split_mask(attention_mask, num_cached, num_ids)
-            inserted, selections = self.insert_visuals(
-                input_ids,
-                inputs_embeds,
-                inputs,
-                attention_mask=mask,
-                labels=carried_labels,
-                num_cached=num_cached,
-                cached_mask=cached_mask,
+            inserted, selections = self._insert_behind_cache(
+                input_ids, inputs_embeds, inputs, past_key_values, attention_mask, carried_labels
             )
-            input_ids, inputs_embeds, carried_labels = None, inserted.inputs_embeds, inserted.labels
-            mask = attention_mask = join_mask(cached_mask, inserted.attention_mask, num_cached)
+            inputs_embeds, carried_labels = inserted.inputs_embeds, inserted.labels
+            mask = attention_mask = inserted.attention_mask
             position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, num_cached:]
-            sizes = PromptSizes(num_ids, inputs_embeds.shape[1], selections)
-            remember_prompt(past_key_values, sizes, num_cached, mask)
         elif inputs_embeds is None:
             inputs_embeds, _ = self._embed(input_ids, None, None)
 
@@ -331,6 +316,47 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             **kwargs,
         )
         return LongVUModelOutput(**outputs, labels=carried_labels, attention_mask=mask, video_selections=selections)
+
+    def _settle_cache(self, use_cache: bool | None, cache: Cache | None) -> tuple[bool, Cache | None]:
+        """Returns whether a cache is used, and the cache, a new one where none was given."""
+        if use_cache is None:
+            use_cache = getattr(self.language_model.config, "use_cache", True)
+        if self.training and getattr(self.language_model, "gradient_checkpointing", False):
+            use_cache = False
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.language_model.config)
+        return use_cache, cache
+
+    def _insert_behind_cache(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        inputs: VisualInputs,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+    ) -> tuple[InsertedSequence, tuple[LongVUSelection, ...]]:
+        """Puts visual tokens into the prompt and notes its sizes on the cache.
+
+        Returns:
+            The sequence, with the mask over cache and sequence (B, cached + S'), and what was chosen.
+        """
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        num_ids = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        cached_mask, mask = split_mask(attention_mask, num_cached, num_ids)
+        inserted, selections = self.insert_visuals(
+            input_ids,
+            inputs_embeds,
+            inputs,
+            attention_mask=mask,
+            labels=labels,
+            num_cached=num_cached,
+            cached_mask=cached_mask,
+        )
+        joined = join_mask(cached_mask, inserted.attention_mask, num_cached)
+        sizes = PromptSizes(num_ids, inserted.inputs_embeds.shape[1], selections)
+        remember_prompt(cache, sizes, num_cached, joined)
+        return replace(inserted, attention_mask=joined), selections
 
     def _has_placeholders(self, input_ids: torch.Tensor | None) -> bool:
         if input_ids is None:
