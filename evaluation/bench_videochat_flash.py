@@ -171,36 +171,69 @@ def prepare_step(
     Returns:
         A function that runs the step, and its FLOPs by formula.
     """
+    if step == "tower":
+        return prepare_tower(model, num_frames)
+    if step == "merge":
+        return prepare_merge(model, num_frames)
+    return prepare_decoder(model, step, num_frames, dropout, decode_steps=decode_steps)
+
+
+def prepare_tower(model: "VideoChatFlashForConditionalGeneration", num_frames: int) -> tuple[Callable[[], Any], int]:
+    """Make frames for the whole route from pixels to features, chunk by chunk; see `prepare_step`.
+
+    Merging is part of the route, is timed by itself and taken off later.
+    """
+    import torch
+
+    from longvideo.evaluation import cost_videochat_flash as cost
+
+    config, side = model.config, model.config.vision_config.image_size
+    clips = cost.count_clips(config, num_frames)
+    pixels = torch.randn(num_frames, 3, side, side, device=model.device)
+    counts = torch.tensor([num_frames])
+    flops = cost.tower_flops(config, num_frames) + cost.merge_flops(config, clips)
+    flops += cost.projector_flops(config, clips * config.tokens_per_clip)
+    return lambda: model.get_video_features(pixels, counts), flops
+
+
+def prepare_merge(model: "VideoChatFlashForConditionalGeneration", num_frames: int) -> tuple[Callable[[], Any], int]:
+    """Make the tower's output of all clips, merged chunk by chunk; see `prepare_step`."""
+    import torch
+
+    from longvideo.evaluation import cost_videochat_flash as cost
+    from longvideo.modeling.layers.token_merging import merge_tokens
+
+    config, vision = model.config, model.config.vision_config
+    clips = cost.count_clips(config, num_frames)
+    patches = config.mm_local_num_frames * cost.patches_per_frame(config)
+    x_BNE = torch.randn(clips, patches, vision.hidden_size, device=model.device)
+
+    def merge() -> None:
+        for piece in x_BNE.split(config.vision_chunk_size):
+            merge_tokens(piece, config.tokens_per_clip, num_heads=vision.num_attention_heads)
+
+    return merge, cost.merge_flops(config, clips)
+
+
+def prepare_decoder(
+    model: "VideoChatFlashForConditionalGeneration",
+    step: str,
+    num_frames: int,
+    dropout: bool | dict[str, Any],
+    *,
+    decode_steps: int,
+) -> tuple[Callable[[], Any], int]:
+    """Make a prompt of text and features, or a cache that holds it; see `prepare_step`."""
     import torch
     from transformers import DynamicCache
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     from longvideo.evaluation import cost_videochat_flash as cost
-    from longvideo.modeling.layers.token_merging import merge_tokens
 
-    config, vision, device = model.config, model.config.vision_config, model.device
-    clips = cost.count_clips(config, num_frames)
-    num_visual = clips * config.tokens_per_clip
-    if step == "tower":
-        # The whole route from pixels to features, chunk by chunk; merging is timed by itself and taken off later.
-        pixels = torch.randn(num_frames, 3, vision.image_size, vision.image_size, device=device)
-        counts = torch.tensor([num_frames])
-        flops = cost.tower_flops(config, num_frames) + cost.merge_flops(config, clips)
-        flops += cost.projector_flops(config, num_visual)
-        return lambda: model.get_video_features(pixels, counts), flops
-    if step == "merge":
-        patches = config.mm_local_num_frames * cost.patches_per_frame(config)
-        x_BNE = torch.randn(clips, patches, vision.hidden_size, device=device)
-
-        def merge() -> None:
-            for piece in x_BNE.split(config.vision_chunk_size):
-                merge_tokens(piece, config.tokens_per_clip, num_heads=vision.num_attention_heads)
-
-        return merge, cost.merge_flops(config, clips)
-
+    config, device = model.config, model.device
+    num_visual = cost.count_clips(config, num_frames) * config.tokens_per_clip
     ids = torch.randint(10, 30000, (1, num_visual + NUM_TEXT), device=device)
     ids[:, 16 : 16 + num_visual] = config.video_token_id
-
     features = torch.randn(num_visual, config.text_config.hidden_size, device=device)
     given = {"video": BaseModelOutputWithPooling(pooler_output=[features])}
 
