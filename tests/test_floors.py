@@ -1,7 +1,7 @@
 """Who may import whom, read from the syntax trees; nothing of the package is imported here.
 
 Floors: 0 shared functions < 1 encoders < 2 architectures < 3 conversion, trainers, evaluation < 4 face, cards, tests.
-Imports go down or stay in the same folder, and no architecture knows another one.
+Imports go down or stay in the same folder, and no architecture knows another one. No file and no function is long.
 """
 
 import ast
@@ -40,6 +40,10 @@ COMMANDS = (
     "evaluation/needle_table.py",
 )
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
+
+# Tests lie outside both limits.
+MOST_LINES_OF_A_FILE = 500
+MOST_LINES_OF_A_FUNCTION = 60  # without docstring and blank lines
 
 # What a floor may import from outside at the top of a module. Everything else is imported where it is used.
 BASE = {
@@ -225,6 +229,40 @@ def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.Monke
     targets = [target for target, _, _ in _imports(file)]
     stem = "longvideo.modeling"
     assert targets == [f"{stem}.longvu.a", f"{stem}.longvu.b.c", f"{stem}.videochat_flash.d.e"]
+
+
+def lengthy_parts(name: str, text: str) -> list[str]:
+    """What is too long in a file, as lines to read; a function counts from its `def`, functions within included."""
+    lines, found = text.splitlines(), []
+    if len(lines) > MOST_LINES_OF_A_FILE:
+        found.append(f"{name} has {len(lines)} lines, {MOST_LINES_OF_A_FILE} are allowed")
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        docstring = range(0)
+        if ast.get_docstring(node, clean=False) is not None:
+            docstring = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+        numbers = range(node.lineno, node.end_lineno + 1)
+        count = sum(bool(lines[i - 1].strip()) and i not in docstring for i in numbers)
+        if count > MOST_LINES_OF_A_FUNCTION:
+            found.append(f"{name}:{node.lineno} {node.name} has {count} lines, {MOST_LINES_OF_A_FUNCTION} are allowed")
+    return found
+
+
+def test_no_file_and_no_function_is_long() -> None:
+    files = _files(*(folder for folder in FOLDERS if folder != "tests"))
+    assert len(files) > 20, "the walk found too little: is ROOT right?"
+    found = [line for path in files for line in lengthy_parts(_name(path), path.read_text(encoding="utf-8"))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(("num_code", "num_file", "expected"), [(60, 500, []), (61, 500, ["f"]), (60, 501, ["x.py"])])
+def test_lengths_leave_out_docstring_and_blank_lines(num_code: int, num_file: int, expected: list[str]) -> None:
+    function = ["def f():", '    """One sentence.', "", "    Returns:", "        Nothing.", '    """', ""]
+    function += ["    pass", ""] * (num_code - 1)
+    text = "\n".join(function + [""] * (num_file - len(function))) + "\n"
+    found = lengthy_parts("x.py", text)
+    assert [line.split(" has ")[0].split(" ")[-1] for line in found] == expected
 
 
 def _text_files() -> list[Path]:
