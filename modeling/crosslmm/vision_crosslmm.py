@@ -2,8 +2,8 @@
 
 Paper: CrossLMM, Sec. 3.1 and 3.2. Original code: none is public.
 
-Shapes: F frames of all videos or images, G tokens along a side of a frame, N = G * G tokens of a frame before merging, R
-after, T frames of one video, D language width, E vision width.
+Shapes: F frames of all videos or images, G tokens along a side of a frame, N = G * G tokens of a frame before merging,
+R after it, T frames of one video, D language width, E vision width.
 """
 
 from dataclasses import dataclass
