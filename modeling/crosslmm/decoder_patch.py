@@ -103,11 +103,6 @@ def patched_layers(language_model: nn.Module) -> list[nn.Module]:
     return [module for module in language_model.modules() if isinstance(module, PatchedLayerMixin)]
 
 
-def _place_like(module: nn.Module, layer: nn.Module) -> nn.Module:
-    like = layer.self_attn.o_proj.weight
-    return module.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-
-
 def patch_decoder(language_model: nn.Module, config) -> nn.Module:
     """Adds dual cross-attention to the layers `config.cross_attention_layers`, in place.
 
@@ -140,7 +135,7 @@ def patch_decoder(language_model: nn.Module, config) -> nn.Module:
         norm = copy.deepcopy(layer.post_attention_layernorm)
         dual = CrossLMMDualCrossAttention(language_model.config, config, norm, slot=slot)
         for name in ("v2v", "t2v", "v2v_gate", "t2v_gate"):
-            _place_like_child(dual, name, layer)
+            _place_like(dual, name, layer)
         layer.__class__ = patched_layer_class(type(layer))
         layer.dual_cross_attention = dual
         dual.train(layer.training)
@@ -149,12 +144,13 @@ def patch_decoder(language_model: nn.Module, config) -> nn.Module:
     return language_model
 
 
-def _place_like_child(dual: CrossLMMDualCrossAttention, name: str, layer: nn.Module) -> None:
+def _place_like(dual: CrossLMMDualCrossAttention, name: str, layer: nn.Module) -> None:
     child = getattr(dual, name, None)
+    # The norm and not a projection, whose weight may be quantised.
+    like = layer.post_attention_layernorm.weight
     if isinstance(child, nn.Module):
-        _place_like(child, layer)
+        child.to(like.device, like.dtype)
     elif child is not None:
-        like = layer.self_attn.o_proj.weight
         setattr(dual, name, nn.Parameter(child.data.to(like.device, like.dtype)))
 
 
@@ -268,7 +264,7 @@ def add_t2v(language_model: nn.Module, config) -> nn.Module:
         dual = layer.dual_cross_attention
         dual.add_branch("t2v")
         for name in ("t2v", "t2v_gate"):
-            _place_like_child(dual, name, layer)
+            _place_like(dual, name, layer)
         dual.t2v.train(dual.training)
         _init_layer(layer, config, names=("t2v",))
         if config.init_t2v_from_v2v:

@@ -249,8 +249,8 @@ class CrossLMMDualCrossAttention(nn.Module):
 
     def _attend_group(
         self, name: str, hidden_RD: torch.Tensor, group: AttentionGroup, keys: torch.Tensor, values: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yields places of rows and what they become, a chunk of queries at a time."""
+    ) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
+        """Yields places of rows and what they become, a chunk of queries at a time; None for all rows in order."""
         module = getattr(self, name)
         rows_GQ = group.rows
         if rows_GQ is None:
@@ -268,7 +268,8 @@ class CrossLMMDualCrossAttention(nn.Module):
             for left in range(0, rows_GQ.shape[1], width):
                 part = (slice(start, start + height), slice(left, left + width))
                 rows = rows_GQ[part]
-                hidden = hidden_RD[rows]
+                everything = group.rows is None and rows.numel() == len(hidden_RD)
+                hidden = hidden_RD.view(*rows.shape, -1) if everything else hidden_RD[rows]
                 attended = module(
                     self.query_norm(hidden),
                     keys[part[0]],
@@ -279,7 +280,7 @@ class CrossLMMDualCrossAttention(nn.Module):
                 new = self._gate(name, hidden, attended)
                 if group.live is not None:
                     new = torch.where(group.live[part[0], None, None], new, hidden)
-                yield rows.flatten(), new.flatten(0, 1)
+                yield None if everything else rows.flatten(), new.flatten(0, 1)
 
     def forward(
         self,
@@ -326,6 +327,8 @@ class CrossLMMDualCrossAttention(nn.Module):
         self._leave(cache, t2v_layer, v2v_layer, plan)
         if not places:
             return hidden_states
+        if places[0] is None:
+            return rows[0].view_as(hidden_states)
         changed = hidden_RD.index_copy(0, torch.cat(places), torch.cat(rows))
         return changed.view_as(hidden_states)
 
