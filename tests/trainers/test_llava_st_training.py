@@ -20,6 +20,14 @@ from longvideo.trainers import (
 from longvideo.trainers.sft_config import sub_part_of
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
+from tests.trainers.sft_runs import (
+    assert_batch_equals_rows,
+    changed_names,
+    image_row,
+    losses,
+    short_run,
+    snapshot,
+)
 
 LEARNS = ["connector", "language_model"]
 MakeTrainer = Callable[..., VideoSFTTrainer]
@@ -33,23 +41,8 @@ def processor() -> Any:
 @pytest.fixture
 def make_trainer(tmp_path, processor) -> MakeTrainer:
     def make(rows: list[dict[str, Any]], *, model: Any = None, **args: Any) -> VideoSFTTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 1,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "trainable_parts": LEARNS,
-        }
-        return VideoSFTTrainer(
-            tiny_llava_st_model() if model is None else model,
-            VideoSFTConfig(**{**settings, **args}),
-            train_dataset=rows,
-            processing_class=processor,
-        )
+        model = tiny_llava_st_model() if model is None else model
+        return short_run(tmp_path, model, processor, rows, **{"trainable_parts": LEARNS, **args})
 
     return make
 
@@ -61,11 +54,6 @@ def video_row(question: str = "When?", answer: str = "During {<t0.25><t0.8>}.", 
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
 
 
-def image_row(answer: str = "[<w0.1><h0.2><w0.5><h0.9>]") -> dict[str, Any]:
-    user = [{"type": "image", "image": np.full((48, 80, 3), 90, dtype=np.uint8)}, {"type": "text", "text": "Where?"}]
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
-
-
 def text_row() -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 
@@ -73,28 +61,7 @@ def text_row() -> dict[str, Any]:
 def mixed_rows() -> list[dict[str, Any]]:
     """Two videos, one with coordinates in question and answer, an image, and text alone."""
     tube = video_row("In {<t0>,<t1>}?", "<t0.4>:[<w0><h0><w0.3><h1>] <t0.6>:[<w0.1><h0><w0.3><h1>]", shade=1)
-    return [video_row(), tube, image_row(), text_row()]
-
-
-def losses(trainer: VideoSFTTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Gradients of the summed loss over the supervised tokens of all batches, divided by their number."""
-    count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-    model.zero_grad()
-    for batch in batches:
-        model(**batch, use_cache=False, num_items_in_batch=count).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def changed_names(model: Any, before: dict[str, torch.Tensor]) -> set[str]:
-    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-
-
-def snapshot(model: Any) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return [video_row(), tube, image_row("Where?", "[<w0.1><h0.2><w0.5><h0.9>]"), text_row()]
 
 
 @pytest.mark.parametrize("layout", ["folded", "split"])
@@ -176,15 +143,7 @@ def test_loss_falls_and_the_tower_stays(make_trainer):
 
 def test_batch_of_4_equals_4_rows_alone(processor):
     """Videos, image and text in one batch, padded on the right, give the gradients that they give alone."""
-    model = tiny_llava_st_model()
-    set_trainable_parts(model, LEARNS)
-    collator = VideoSFTCollator(processor)
-    whole = gradients(model, [collator(mixed_rows())])
-    parts = gradients(model, [collator([row]) for row in mixed_rows()])
-    assert whole.keys() == parts.keys() and {part_of(name) for name in whole} == set(LEARNS)
-    for name, gradient in whole.items():
-        # float32 sums in another order; relative to the largest entry of the tensor, not to each entry.
-        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()) + 1e-7)
+    assert_batch_equals_rows(tiny_llava_st_model(), processor, mixed_rows(), LEARNS)
 
 
 def test_first_stage_teaches_packers_and_embedding(make_trainer):

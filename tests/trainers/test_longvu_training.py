@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,10 +18,21 @@ from longvideo.trainers import (
 )
 from tests.tiny_longvu import tiny_longvu_model
 from tests.tiny_longvu_processor import tiny_longvu_processor
+from tests.trainers.sft_runs import (
+    assert_batch_equals_rows,
+    assert_same_gradients,
+    changed_names,
+    gradients,
+    image_row,
+    losses,
+    short_run,
+    snapshot,
+)
 from tests.trainers.toy_rows import colour_row, toy_rows
 
 VIDEO_ID, IMAGE_ID = 4, 3
 LEARNS = ["connector", "language_model"]
+IMAGE_ROW = image_row("What?", "Grey.")
 TEXT_ROW = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
 MakeTrainer = Callable[..., VideoSFTTrainer]
 
@@ -35,50 +45,16 @@ def processor() -> Any:
 @pytest.fixture
 def make_trainer(tmp_path, processor) -> MakeTrainer:
     def make(rows: list[dict[str, Any]], *, model: Any = None, **args: Any) -> VideoSFTTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 1,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "trainable_parts": LEARNS,
-        }
-        return VideoSFTTrainer(
-            tiny_longvu_model() if model is None else model,
-            VideoSFTConfig(**{**settings, **args}),
-            train_dataset=rows,
-            processing_class=processor,
-        )
+        model = tiny_longvu_model() if model is None else model
+        return short_run(tmp_path, model, processor, rows, **{"trainable_parts": LEARNS, **args})
 
     return make
-
-
-def image_row(answer: str = "Grey.") -> dict[str, Any]:
-    picture = np.full((48, 80, 3), 90, dtype=np.uint8)
-    user = [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]
-    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
 
 
 def mixed_rows() -> list[dict[str, Any]]:
     """An image, text only, and two videos of unequal length with answers of unequal length."""
     videos = [colour_row("red", num_frames=3), colour_row("blue", num_frames=8, answer="It is blue, I think.")]
-    return [image_row(), TEXT_ROW, *videos]
-
-
-def losses(trainer: VideoSFTTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def gradients(model: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Gradients of the summed loss over the supervised tokens of all batches, divided by their number."""
-    count = sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches)
-    model.zero_grad()
-    for batch in batches:
-        model(**batch, use_cache=False, num_items_in_batch=count).loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [IMAGE_ROW, TEXT_ROW, *videos]
 
 
 def test_every_parameter_has_a_part():
@@ -113,27 +89,19 @@ def test_batches_hold_flat_frames_of_both_towers(processor):
 
 def test_loss_falls_and_frozen_towers_stay(make_trainer):
     model = tiny_longvu_model()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    before = snapshot(model)
     trainer = make_trainer(mixed_rows(), model=model, max_steps=8, learning_rate=5e-3)
     trainer.train()
     curve = losses(trainer)
     assert sum(curve[-2:]) < 0.8 * sum(curve[:2])
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    changed = changed_names(model, before)
     assert {part_of(name) for name in changed} == set(LEARNS)
     assert "model.image_newline" in changed and "model.vision_query" in changed
 
 
 def test_batch_of_4_equals_4_accumulated_rows(make_trainer, processor):
     """Text, image and videos in one batch, padded on the right, give the gradients that they give alone."""
-    model = tiny_longvu_model()
-    set_trainable_parts(model, LEARNS)
-    collator = VideoSFTCollator(processor)
-    whole = gradients(model, [collator(mixed_rows())])
-    parts = gradients(model, [collator([row]) for row in mixed_rows()])
-    assert whole.keys() == parts.keys() and {part_of(name) for name in whole} == set(LEARNS)
-    for name, gradient in whole.items():
-        # float32 sums in another order; relative to the largest entry of the tensor, not to each entry.
-        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()) + 1e-7)
+    assert_batch_equals_rows(tiny_longvu_model(), processor, mixed_rows(), LEARNS)
     runs = [
         make_trainer(mixed_rows(), per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
         for size in (4, 1)
@@ -149,13 +117,8 @@ def test_gradient_checkpointing_changes_no_gradient(processor):
     model = tiny_longvu_model().train()
     plain = gradients(model, [batch])
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpointed = gradients(model, [batch])
-    assert plain.keys() == checkpointed.keys()
-    for name, gradient in plain.items():
-        # Recomputed by the same operations; the largest entry sets the scale.
-        torch.testing.assert_close(
-            checkpointed[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()) + 1e-7
-        )
+    # Recomputed by the same operations.
+    assert_same_gradients(plain, gradients(model, [batch]), tolerance=1e-5)
 
 
 def test_resume_continues_the_same_loss_curve(make_trainer, tmp_path):
@@ -184,7 +147,7 @@ def test_predictions_are_as_long_as_the_sequence_that_was_run(make_trainer, proc
 
 
 def test_throughput_counts_the_visual_tokens_that_were_inserted(make_trainer, processor, monkeypatch):
-    rows = [colour_row("red", num_frames=3), image_row()]
+    rows = [colour_row("red", num_frames=3), IMAGE_ROW]
     model = tiny_longvu_model()
     with torch.no_grad():
         out = model(**VideoSFTCollator(processor)(rows))

@@ -22,6 +22,7 @@ from longvideo.trainers import (
     set_trainable_parts,
 )
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.trainers.sft_runs import assert_same_gradients, losses, short_run
 from tests.trainers.toy_rows import COLOURS, colour_row, toy_rows
 
 NO_DROPOUT: dict[str, Any] = {}
@@ -60,30 +61,10 @@ def make_trainer(tmp_path) -> MakeTrainer:
         collator: Any = None,
         **args: Any,
     ) -> VideoSFTTrainer:
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": 1,
-            "per_device_train_batch_size": 2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return VideoSFTTrainer(
-            tiny_videochat_flash_model(**(model_kwargs or {})) if model is None else model,
-            VideoSFTConfig(**{**settings, **args}),
-            data_collator=collator,
-            train_dataset=rows,
-            eval_dataset=rows[:3],
-            processing_class=tiny_videochat_flash_processor(),
-        )
+        model = tiny_videochat_flash_model(**(model_kwargs or {})) if model is None else model
+        return short_run(tmp_path, model, tiny_videochat_flash_processor(), rows, collator=collator, **args)
 
     return make
-
-
-def losses(trainer: VideoSFTTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def gradients_of_one_step(make_trainer: MakeTrainer, **kwargs: Any) -> tuple[dict[str, torch.Tensor], float]:
@@ -94,16 +75,6 @@ def gradients_of_one_step(make_trainer: MakeTrainer, **kwargs: Any) -> tuple[dic
     trainer.add_callback(recorder)
     trainer.train()
     return recorder.gradients, losses(trainer)[0]
-
-
-def assert_same_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys() and one
-    for name, gradient in one.items():
-        # float32 sums in another order; relative to the largest entry of the tensor, not to each entry.
-        tolerance = 1e-4 * float(gradient.abs().max()) + 1e-7
-        torch.testing.assert_close(
-            other[name], gradient, rtol=0, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
-        )
 
 
 @pytest.mark.parametrize("name", ["plain", "dropout"])
@@ -424,7 +395,9 @@ def test_recipe_of_the_paper(tmp_path, stage, parts, rate, batch, length):
 
 
 def test_unknown_recipes(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No recipe 'absent'.*\['llava_st', 'longvu', 'videochat_flash'\]"):
+    with pytest.raises(
+        FileNotFoundError, match=r"No recipe 'absent'.*\['crosslmm', 'llava_st', 'longvu', 'videochat_flash'\]"
+    ):
         load_recipe("absent")
     with pytest.raises(ValueError, match=r"has no stage 5; it has \['stage1_alignment'"):
         VideoSFTConfig.from_recipe("videochat_flash", 5, output_dir=str(tmp_path))
