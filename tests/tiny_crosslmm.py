@@ -1,17 +1,17 @@
 """Tiny random CrossLMM models for the tests."""
 
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen3Config
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config
 
 from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 from tests.tiny import tiny_text_config
 
-DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config, "gemma2": Gemma2Config}
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 
 
 def tiny_decoder_config(text: str = "qwen2", num_hidden_layers: int = 4, **kwargs):
-    """A decoder of width 32 with four query and two key heads: qwen2, qwen3, llama or mistral."""
+    """A decoder of width 32 with four query and two key heads: qwen2, qwen3, llama, mistral or gemma2."""
     if text == "qwen2":
         return tiny_text_config(num_hidden_layers, **kwargs)
     base = tiny_text_config(num_hidden_layers)

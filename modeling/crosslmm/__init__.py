@@ -1,1 +1,1 @@
-"""CrossLMM: dual cross-attention as patches of a decoder."""
+"""CrossLMM (arXiv 2505.17020); importing a configuration or modeling module registers its classes."""

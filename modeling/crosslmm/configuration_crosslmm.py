@@ -1,4 +1,4 @@
-"""Configuration of CrossLMM (no public code or weights; from the paper)."""
+"""Configuration of CrossLMM (arXiv 2505.17020), which has no public code or weights."""
 
 import math
 from typing import Any
@@ -84,7 +84,7 @@ class CrossLMMConfig(PreTrainedConfig):
     Raises:
         ValueError: settings that do not fit each other.
 
-    Source: CrossLMM, Sec. 3 and 4.
+    Source: CrossLMM, Sec. 3 and 6, Table 2.
     Differs: the paper leaves open most of what the choices are about; README.md of this folder lists it.
     """
 

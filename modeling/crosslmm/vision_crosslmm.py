@@ -1,6 +1,6 @@
 """From pixels to what decoder and cross-attention see in CrossLMM: tower, token merge, projector, in chunks.
 
-Paper: CrossLMM, Sec. 3.1 and 3.2. Original code: none is public.
+Paper: CrossLMM (arXiv 2505.17020), Sec. 3.1 and 3.2. Original code: none is public.
 
 Shapes: F frames of all videos or images, G tokens along a side of a frame, N = G * G tokens of a frame before merging,
 R after it, T frames of one video, D language width, E vision width.
