@@ -10,25 +10,41 @@ from safetensors.torch import load_file, save_file
 from longvideo import cli
 from longvideo.pipelines import check_checkpoint, load_pipeline
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_crosslmm import tiny_crosslmm_model
+from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
 from tests.videos import make_sound, make_video
 
 QUESTION = "What happens?"
+MAKERS = {
+    "videochat_flash": (tiny_videochat_flash_model, tiny_videochat_flash_processor),
+    "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor),
+}
+BREAKABLE = {
+    "videochat_flash": ("language_model.layers.2.mlp.up_proj", "vision_tower.blocks.1.mlp.fc1"),
+    "crosslmm": ("language_model.layers.2.dual_cross_attention.t2v.k_proj", "vision_tower.encoder.layers.0.mlp.fc1"),
+}
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "model"
-    tiny_videochat_flash_model().save_pretrained(folder)
-    tiny_videochat_flash_processor().save_pretrained(folder)
+def save(model_type, folder, **kwargs):
+    make_model, make_processor = MAKERS[model_type]
+    make_model().save_pretrained(folder, **kwargs)
+    make_processor().save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="module", params=list(MAKERS))
+def model_type(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoint") / "sharded"
-    tiny_videochat_flash_model().save_pretrained(folder, max_shard_size="100KB")
-    tiny_videochat_flash_processor().save_pretrained(folder)
-    return folder
+def good(model_type, tmp_path_factory):
+    return save(model_type, tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture(scope="module")
+def sharded(model_type, tmp_path_factory):
+    return save(model_type, tmp_path_factory.mktemp("checkpoint") / "sharded", max_shard_size="50KB")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +53,10 @@ def video(tmp_path_factory):
 
 
 @pytest.fixture
-def fail(good, video, capsys):
+def fail_with(video, capsys):
     """Run `longvideo ask` with something wrong in it; return the one line it prints."""
 
-    def call(*words, video=video, question=QUESTION, model=good):
+    def call(model, *words, video=video, question=QUESTION):
         code = cli.main(["ask", str(video), question, "--model", str(model), "--device", "cpu", *words])
         out, err = capsys.readouterr()
         assert (code, out) == (2, ""), err
@@ -48,6 +64,16 @@ def fail(good, video, capsys):
         lines = [line for line in err.splitlines() if line.startswith("longvideo ask: error: ")]
         assert len(lines) == 1, err
         return lines[0]
+
+    return call
+
+
+@pytest.fixture
+def fail(good, fail_with):
+    """The same with a good model, unless another one is named."""
+
+    def call(*words, model=good, **kwargs):
+        return fail_with(model, *words, **kwargs)
 
     return call
 
@@ -145,10 +171,10 @@ def test_another_architecture(fail, good, tmp_path):
     assert "'llava'" in line and "videochat_flash" in line
 
 
-@pytest.mark.parametrize("model_type", ["videochat_flash_qwen", "cambrian_qwen", "cambrian_llama"])
-def test_original_checkpoint_points_to_convert(fail, good, tmp_path, model_type):
+@pytest.mark.parametrize("original", ["videochat_flash_qwen", "cambrian_qwen", "cambrian_llama"])
+def test_original_checkpoint_points_to_convert(fail, good, tmp_path, original):
     folder = copy(good, tmp_path)
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (folder / "config.json").write_text(json.dumps({"model_type": original}))
     assert "longvideo convert" in fail(model=folder)
 
 
@@ -227,20 +253,17 @@ def test_weight_of_another_shape(fail, good, tmp_path):
     def widen(weights):
         weights[name] = torch.zeros(32, 33)
 
+    wanted = tuple(load_file(good / "model.safetensors")[name].shape)
     line = fail(model=change_weights(copy(good, tmp_path), widen))
-    assert f"1 of another shape, for example {name} is (32, 33) instead of (32, 32)" in line
+    assert f"1 of another shape, for example {name} is (32, 33) instead of {wanted}" in line
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.language_model.layers.2.mlp.up_proj.weight",
-        "model.vision_tower.blocks.1.mlp.fc1.weight",
-        "lm_head.weight",
-    ],
-)
+@pytest.mark.parametrize("place", ["decoder", "tower", "head"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_numbers_name_the_layer(fail, good, tmp_path, name, value):
+def test_broken_numbers_name_the_layer(fail, good, model_type, tmp_path, place, value):
+    decoder, tower = (f"model.{part}.weight" for part in BREAKABLE[model_type])
+    name = {"decoder": decoder, "tower": tower, "head": "lm_head.weight"}[place]
+
     def spoil(weights):
         weights[name].view(-1)[7] = value
 
@@ -256,6 +279,55 @@ def test_overflow_without_broken_weights_points_to_the_dtype(good, video):
         pipe.model.model.language_model.norm.weight.mul_(1e5)
     with pytest.raises(ValueError, match="all its weights are finite"):
         pipe(str(video), QUESTION, max_new_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def crosslmm(tmp_path_factory):
+    return save("crosslmm", tmp_path_factory.mktemp("checkpoint") / "crosslmm")
+
+
+def change_json(folder, name, **changes):
+    settings = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**settings, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cross_attention_interval": 5}, ("cross_attention_interval is 5", "4 layers", "Choose 1 to 4")),
+        ({"cross_attention_interval": 0}, ("cross_attention_interval is 0", "4 layers")),
+        ({"cross_attention_layers": [0, 4]}, ("[0, 4]", "layers from 0 to 3")),
+        ({"tokens_per_frame": 25}, ("tokens_per_frame is 25", "4 x 4 tokens per frame")),
+        ({"tokens_per_frame": 3}, ("tokens_per_frame is 3", "square")),
+        ({"merge_mode": "mean"}, ("merge_mode is 'mean'", "average")),
+        ({"vision_feature_layer": -5}, ("vision_feature_layer -5", "3 layers")),
+    ],
+)
+def test_settings_of_crosslmm_that_do_not_fit(fail_with, crosslmm, tmp_path, changes, words):
+    line = fail_with(change_json(copy(crosslmm, tmp_path), "config.json", **changes))
+    assert all(word in line for word in words), line
+
+
+def test_a_decoder_that_cannot_be_patched(fail_with, crosslmm, tmp_path):
+    folder = copy(crosslmm, tmp_path)
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    line = fail_with(change_json(folder, "config.json", text_config={**text, "model_type": "gemma2"}))
+    # Four norms in place of two.
+    assert "Gemma2DecoderLayer" in line and "pre_feedforward_layernorm" in line and "Llama" in line
+
+
+def test_processor_and_model_that_differ(fail_with, crosslmm, tmp_path):
+    folder = change_json(copy(crosslmm, tmp_path), "processor_config.json", tokens_per_frame=1)
+    # 6 frames in 6 s.
+    line = fail_with(folder)
+    assert "6" in line and "24" in line and "placeholder" in line
+    settings = json.loads((crosslmm / "processor_config.json").read_text())
+    video = {**settings["video_processor"], "size": {"height": 48, "width": 48}}
+    line = fail_with(change_json(folder, "processor_config.json", tokens_per_frame=4, video_processor=video))
+    assert "(1, 6, 3, 48, 48)" in line and "3, 32, 32)" in line
+    line = fail_with(change_json(folder, "processor_config.json", tokens_per_frame=8))
+    assert "tokens_per_frame=8, expected a square number" in line
 
 
 def test_pipeline_calls_without_sense(good, video):

@@ -136,6 +136,8 @@ def _budget_remedy(counts: dict[str, int], config: Any, limit: int, max_new_toke
     clip = getattr(config, "mm_local_num_frames", 1)
     room = limit - max_new_tokens - counts["text_tokens"] - counts["image_tokens"]
     fit = int(room / per_frame) // clip * clip
+    if fit < clip and clip == 1:
+        return "Not even one frame fits: shorten the text or lower max_new_tokens."
     if fit < clip:
         return f"Not even one clip of {clip} frames fits: shorten the text or lower max_new_tokens."
     return f"Of the {counts['frames']} sampled frames {fit} fit: pass num_frames={fit} (or max_frames={fit}) or less."

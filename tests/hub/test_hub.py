@@ -1,6 +1,6 @@
 """Uploading, downloading and loading by name, against a Hub on localhost; every client is a process of its own.
 
-All of it for VideoChat-Flash, and the round trip for LongVU.
+All of it for VideoChat-Flash, and the round trip for the others.
 """
 
 import json
@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub.saved_tiny import TINY, save_tiny
 from tests.hub_server import HubServer
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
-from tests.tiny_longvu import tiny_longvu_model
-from tests.tiny_longvu_processor import tiny_longvu_processor
 from tests.videos import make_video
 
 REPO_ID = "tester/tiny-videochat-flash"
@@ -133,17 +132,19 @@ def test_error_for_missing_repository_and_file(online: dict) -> None:
     assert "EntryNotFoundError" in results["file"] and "absent.json" in results["file"]
 
 
-def test_round_trip_of_longvu(hub: HubServer, video: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", TINY)
+def test_round_trip(model_type: str, hub: HubServer, video: Path, tmp_path: Path) -> None:
     from longvideo.hub_cards.render import render_card
 
-    folder, repo_id = tmp_path / "tiny", "tester/tiny-longvu"
-    tiny_longvu_model(context_length=400).save_pretrained(folder)
-    tiny_longvu_processor().save_pretrained(folder)
+    folder, repo_id = save_tiny(model_type, tmp_path / "tiny"), f"tester/tiny-{model_type}"
     (folder / "README.md").write_text(render_card(folder, license="apache-2.0", repo_id=repo_id))
     results = run_client(hub, tmp_path / "cache", ["push", folder, repo_id], ["download", repo_id, video])
     files, download = hub.repositories[f"models/{repo_id}"].files, results["download"]
     expected = {"config.json", WEIGHTS, "processor_config.json", "tokenizer.json", "chat_template.jinja", "README.md"}
     assert expected <= set(files) and not [name for name in files if name.endswith(".py")]
     assert download["weights"] == results["push"]["weights"]
-    assert (download["model"], download["processor"]) == ("LongVUForConditionalGeneration", "LongVUProcessor")
+    prefix = TINY[model_type].prefix
+    assert (download["model"], download["processor"]) == (f"{prefix}ForConditionalGeneration", f"{prefix}Processor")
+    assert isinstance(download["by_task"]["answer"], str)
     assert download["by_task"]["answer"] == download["by_tag"]["answer"]
+    assert download["by_tag"]["task"] == "video-text-to-text"
