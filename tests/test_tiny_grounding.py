@@ -21,8 +21,9 @@ from longvideo.tiny_training.grounding_stages import (
     without_seconds,
 )
 from longvideo.tiny_training.models import TINY_MODELS
-from longvideo.tiny_training.train import BATCH_SIZE as TRAINED_BATCH_SIZE
-from longvideo.tiny_training.train import main, scale_stage, stages_of, train
+from longvideo.tiny_training.stages import BATCH_SIZE as TRAINED_BATCH_SIZE
+from longvideo.tiny_training.stages import scale_stage
+from longvideo.tiny_training.train import main, stages_of, train
 
 FORMS = {"picture", "caption", "events", "questions", *GROUNDING_TASKS}
 

@@ -15,8 +15,9 @@ from longvideo.tiny_training.build_parts import train_tokenizer
 from longvideo.tiny_training.conversations import HARMLESS_KINDS, MAX_TURNS, NOTHING, choose_questions
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.models import TINY_MODELS
+from longvideo.tiny_training.stages import ALL_KINDS, PICTURES, STAGES
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TARGETS, PatchLabels, patch_targets
-from longvideo.tiny_training.train import ALL_KINDS, PICTURES, STAGES, CorpusConversations, stages_of
+from longvideo.tiny_training.train import CorpusConversations, stages_of
 from tests.tiny_longvu import tiny_longvu_model
 
 GREY = Background("plain", (90, 90, 90), (110, 110, 110))

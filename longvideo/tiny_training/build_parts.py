@@ -75,13 +75,21 @@ def train_tokenizer(
     )
 
 
-def build_text_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
-    """Makes the configuration of the decoder that all tiny models have."""
+def build_text_config(tokenizer: PreTrainedTokenizerFast, *, num_layers: int = 4) -> Qwen2Config:
+    """Makes the configuration of the decoder that all tiny models have.
+
+    Args:
+        tokenizer: of the model.
+        num_layers: other than four in ablations.
+
+    Returns:
+        The configuration.
+    """
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=3,
         num_key_value_heads=3,
         max_position_embeddings=2048,

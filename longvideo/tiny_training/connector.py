@@ -12,6 +12,8 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
+from longvideo.modeling.crosslmm.modeling_crosslmm import CrossLMMForConditionalGeneration
+from longvideo.modeling.crosslmm.vision_crosslmm import merge_grid
 from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration
 
 
@@ -66,6 +68,40 @@ class LongVUConnector(nn.Module):
             dino = inner._dino_grid(dino_pixels(clips.flatten(0, 1)))
         sizes = [clips.shape[:-3:-1]] * len(siglip)
         cells = self.projector(inner._aggregate(siglip, dino, sizes))  # (B * F, Q, D)
+        return cells.unflatten(0, clips.shape[:2]).flatten(1, 2)
+
+
+class CrossLMMConnector(nn.Module):
+    """The projector of CrossLMM behind its frozen tower, as a module that can be taught like a tower.
+
+    Args:
+        model: model that holds the parts; they are shared, not copied.
+    """
+
+    def __init__(self, model: CrossLMMForConditionalGeneration):
+        super().__init__()
+        self.projector = model.model.multi_modal_projector
+        config = model.config
+        size, self.side, self.mode = config.vision_config.image_size, config.merged_grid_size, config.merge_mode
+        self.config = GridConfig(config.text_config.hidden_size, size, size // self.side)
+        # In a tuple, so that the tower's weights are none of its own.
+        self._tower = (model.model.vision_tower,)
+
+    def encode(self, clips: torch.Tensor) -> torch.Tensor:
+        """Encodes clips frame by frame.
+
+        Args:
+            clips: (B, F, 3, height, width) normalised frames, or (F, 3, height, width) those of one clip.
+
+        Returns:
+            (B, F * R, D) features of the cells; of one clip with B = 1.
+        """
+        if clips.ndim == 4:
+            clips = clips[None]
+        (tower,) = self._tower
+        with torch.no_grad():
+            tokens = tower(clips.flatten(0, 1)).last_hidden_state
+        cells = self.projector(merge_grid(tokens, self.side, self.mode))  # (B * F, R, D)
         return cells.unflatten(0, clips.shape[:2]).flatten(1, 2)
 
 

@@ -67,6 +67,7 @@ class GroundingStage:
         pictures: what the scenes contain whose pictures are asked about places.
         lape: whether position embeddings are added; the paper's first stage has none (rho = 0).
         trainable_parts: what learns; see `VideoSFTConfig`.
+        prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
     """
 
     name: str
@@ -80,6 +81,7 @@ class GroundingStage:
     pictures: str | Difficulty = CROWDED
     lape: bool = True
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
+    prepare_model: str | None = None
 
 
 GROUNDING_STAGES = (

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from longvideo.tiny_training.build_crosslmm import build_crosslmm
 from longvideo.tiny_training.build_llava_st import (
     GROUNDING_FRAMES,
     GROUNDING_SIZE,
@@ -17,8 +18,9 @@ from longvideo.tiny_training.build_llava_st import (
 from longvideo.tiny_training.build_longvu import build_longvu
 from longvideo.tiny_training.build_parts import FRAME_SIZE, NUM_FRAMES, encode_frames, last_connector_layer
 from longvideo.tiny_training.build_videochat_flash import build_videochat_flash
-from longvideo.tiny_training.connector import LongVUConnector
+from longvideo.tiny_training.connector import CrossLMMConnector, LongVUConnector
 from longvideo.tiny_training.grounding_stages import GROUNDING_STAGES, GroundingConversations
+from longvideo.tiny_training.stages import CROSSLMM_STAGES
 from longvideo.tiny_training.tower import CLIPS, IMAGES, TowerLessons
 
 
@@ -32,6 +34,7 @@ class TinyModel:
         frame_size: side of the frames in pixels.
         num_frames: frames per video.
         decoder: tiny model of the package whose trained decoder it begins with; none for a fresh one.
+        encode: takes model and batch and encodes the videos whose features are measured for that; None runs the model.
         pictures_first: whether single pictures are described before any video, as its published recipe does.
         stages: its own stages in place of the common ones.
         make_rows: makes the rows of such a stage, as `CorpusConversations` does of a common one.
@@ -46,12 +49,17 @@ class TinyModel:
     frame_size: int
     num_frames: int
     decoder: str = ""
+    encode: Callable[[PreTrainedModel, dict[str, Any]], object] | None = None
     pictures_first: bool = False
     stages: tuple[Any, ...] = ()
     make_rows: Callable[..., Dataset] | None = None
     begin_stage: Callable[[PreTrainedModel, Any, Sequence[str]], None] | None = None
     connector: Callable[[PreTrainedModel], nn.Linear] | None = None
     ablations: tuple[str, ...] = ()
+
+
+def _pixel_statistics(processor: ProcessorMixin) -> tuple[list[float], list[float]]:
+    return processor.video_processor.image_mean, processor.video_processor.image_std
 
 
 TINY_MODELS = {
@@ -62,10 +70,7 @@ TINY_MODELS = {
                 "tower",
                 tower=lambda model: model.model.vision_tower,
                 encode=lambda tower, clips: tower(clips).last_hidden_state,
-                statistics=lambda processor: (
-                    processor.video_processor.image_mean,
-                    processor.video_processor.image_std,
-                ),
+                statistics=_pixel_statistics,
                 phases=(IMAGES, CLIPS),
             ),
         ),
@@ -79,10 +84,7 @@ TINY_MODELS = {
                 "siglip",
                 tower=lambda model: model.model.vision_tower,
                 encode=encode_frames,
-                statistics=lambda processor: (
-                    processor.video_processor.image_mean,
-                    processor.video_processor.image_std,
-                ),
+                statistics=_pixel_statistics,
                 phases=(IMAGES,),
             ),
             TowerLessons(
@@ -100,10 +102,7 @@ TINY_MODELS = {
                 "connector",
                 tower=LongVUConnector,
                 encode=LongVUConnector.encode,
-                statistics=lambda processor: (
-                    processor.video_processor.image_mean,
-                    processor.video_processor.image_std,
-                ),
+                statistics=_pixel_statistics,
                 phases=(replace(IMAGES, batch_size=64, num_steps=1000, learning_rate=2e-3, centre_weight=20.0),),
             ),
         ),
@@ -120,10 +119,7 @@ TINY_MODELS = {
                 "siglip",
                 tower=lambda model: model.model.vision_tower,
                 encode=encode_frames,
-                statistics=lambda processor: (
-                    processor.video_processor.image_mean,
-                    processor.video_processor.image_std,
-                ),
+                statistics=_pixel_statistics,
                 # A picture of this size takes twice the time of the others.
                 phases=(replace(IMAGES, batch_size=64, num_steps=1000),),
             ),
@@ -136,5 +132,31 @@ TINY_MODELS = {
         begin_stage=begin_llava_st_stage,
         connector=last_connector_layer,
         ablations=("lape", "packer"),
+    ),
+    "crosslmm": TinyModel(
+        build_crosslmm,
+        (
+            TowerLessons(
+                "siglip",
+                tower=lambda model: model.model.vision_tower,
+                encode=encode_frames,
+                statistics=_pixel_statistics,
+                phases=(IMAGES,),
+            ),
+            TowerLessons(
+                "connector",
+                tower=CrossLMMConnector,
+                encode=CrossLMMConnector.encode,
+                statistics=_pixel_statistics,
+                phases=(replace(IMAGES, batch_size=64, num_steps=600, learning_rate=2e-3, centre_weight=20.0),),
+            ),
+        ),
+        FRAME_SIZE,
+        NUM_FRAMES,
+        decoder="videochat_flash",
+        stages=CROSSLMM_STAGES,
+        connector=last_connector_layer,
+        # The projector gives the memory of cross-attention as well; the words' length is for what the decoder reads.
+        encode=lambda model, batch: CrossLMMConnector(model).encode(batch["pixel_values_videos"]),
     ),
 }

@@ -15,7 +15,8 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
 from longvideo.evaluation.corpus import (
-    Difficulty,
     all_questions,
     describe,
     list_events,
@@ -45,77 +45,14 @@ from longvideo.tiny_training.conversations import (
 )
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
+from longvideo.tiny_training.stages import ALIGN, BATCH_SIZE, FULL, PICTURES, STAGES, Stage, scale_stage
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
-BATCH_SIZE = 8
 CONNECTOR_RATE = 0.3
 NUM_CALIBRATION_ROWS = 256
-# A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
-# and times are learned slowly.
-ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
-# Letters last for two frames, and few shapes move for long.
-DRILL_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 5 + ("order", "at_time") + ("when",) * 2
-DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
-# Where nearly all that is seen moves, what tells a direction stands out.
-MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
-MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of the curriculum.
-
-    Args:
-        name: folder of its checkpoints.
-        num_videos: training videos, each seen once.
-        learning_rate: peak rate of all parts.
-        schedule: "constant_with_warmup" or "linear" (down to zero).
-        warmup_steps: steps with a rising rate.
-        difficulty: what the scenes contain.
-        captions: chance that a batch asks for descriptions of the whole video and nothing else.
-        events: chance that a batch asks for lists of all events and nothing else.
-        shape_first: chance that those descriptions and lists name a shape before its colour: a model that always
-            writes the colour first never learns to find something by its shape.
-        letters: chance that a question is asked with four options and answered by a letter.
-        kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
-        trainable_parts: what learns; see `VideoSFTConfig`.
-        pictures: whether rows are single frames with a description instead of videos.
-    """
-
-    name: str
-    num_videos: int
-    learning_rate: float
-    schedule: str
-    warmup_steps: int
-    difficulty: str | Difficulty
-    captions: float
-    events: float
-    shape_first: float
-    letters: float
-    kinds: tuple[str, ...] = ALL_KINDS
-    trainable_parts: tuple[str, ...] = ("connector", "language_model")
-    pictures: bool = False
-
-
-# Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
-# The tower is left as its own lessons made it.
-STAGES = (
-    Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
-    Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
-    Stage("3-full", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
-    Stage("4-drill", 3_200, 1e-3, "constant_with_warmup", 20, DRILL, 0.1, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
-    Stage("5-questions", 8_000, 7e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
-    Stage("6-moving", 2_400, 7e-4, "constant_with_warmup", 20, MOVING, 0.0, 0.0, 0.0, 0.0, kinds=MOVING_KINDS),
-    Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
-)
-
-# A decoder that was trained before gets to know its connector first; then pictures or videos are for both.
-ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=("connector",))
-PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
-FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
 
 
 def stages_of(spec: TinyModel) -> tuple[Any, ...]:
@@ -123,21 +60,6 @@ def stages_of(spec: TinyModel) -> tuple[Any, ...]:
     if spec.stages or not spec.decoder:
         return spec.stages or STAGES
     return (ALIGN, *([PICTURES] if spec.pictures_first else []), FULL, *STAGES[-3:])
-
-
-def scale_stage(stage: Any, scale: float) -> Any:
-    """Shortens a stage, or makes it longer.
-
-    Args:
-        stage: one of `stages_of`.
-        scale: factor of its videos, and of its warm-up where that becomes shorter.
-
-    Returns:
-        The stage with a whole number of batches, at least one.
-    """
-    batches = max(round(stage.num_videos * scale / BATCH_SIZE), 1)
-    warmup = min(stage.warmup_steps, max(round(stage.warmup_steps * scale), 1))
-    return replace(stage, num_videos=batches * BATCH_SIZE, warmup_steps=warmup)
 
 
 class CorpusConversations(Dataset):
@@ -253,6 +175,7 @@ def run_stage(
         lr_scheduler_type=stage.schedule,
         warmup_steps=stage.warmup_steps,
         trainable_parts=list(stage.trainable_parts),
+        prepare_model=stage.prepare_model,
         connector_learning_rate=stage.learning_rate * CONNECTOR_RATE if slow_connector else None,
         vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
         weight_decay=0.01,
@@ -319,11 +242,12 @@ def _calibrate_connector(spec: TinyModel, model: PreTrainedModel, processor: Pro
         stages_of(spec)[0], size=spec.frame_size, num_frames=spec.num_frames, first_seed=seed * 10_000_000 + 9_000_000
     )
     collate = VideoSFTCollator(processor)
+    encode = spec.encode or (lambda model, batch: model(**batch, use_cache=False))
     model.eval()
 
     def run() -> None:
         for start in range(0, NUM_CALIBRATION_ROWS, BATCH_SIZE):
-            model(**collate([rows[index] for index in range(start, start + BATCH_SIZE)]), use_cache=False)
+            encode(model, collate([rows[index] for index in range(start, start + BATCH_SIZE)]))
 
     length = model.get_input_embeddings().weight.norm(dim=1).mean().item()
     calibrate(spec.connector(model), run, length=length)
@@ -348,16 +272,36 @@ def train(
     Raises:
         ValueError: something to leave out that the model has no switch for, or a scale that is not positive.
     """
-    set_seed(seed)
-    deadline = time.monotonic() + 60 * minutes
-    out.mkdir(parents=True, exist_ok=True)
     spec = TINY_MODELS[name]
     unknown = sorted(set(without) - set(spec.ablations))
     if unknown:
         raise ValueError(f"{name} cannot be trained without {unknown}; it has {list(spec.ablations) or 'no switches'}")
     if scale <= 0:
         raise ValueError(f"scale is {scale}, expected a positive factor of the length of the stages")
-    model, processor = spec.build(**{f"use_{part}": False for part in without})
+    spec = replace(spec, build=partial(spec.build, **{f"use_{part}": False for part in without}))
+    return train_model(spec, out, minutes=minutes, seed=seed, scale=scale, without=without)
+
+
+def train_model(
+    spec: TinyModel, out: Path, *, minutes: float, seed: int, scale: float = 1.0, without: Sequence[str] = ()
+) -> Path | None:
+    """Trains what a description of a tiny model says; the rest is as in `train`.
+
+    Args:
+        spec: how the model is made and taught.
+        out: folder of checkpoints and logs.
+        minutes: time of this run.
+        seed: random seed.
+        scale: factor of the length of every stage.
+        without: given to `spec.begin_stage`.
+
+    Returns:
+        Folder of the finished model, or None when stages are left for a later run.
+    """
+    set_seed(seed)
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    model, processor = spec.build()
     if spec.decoder:
         take_decoder(model, processor.tokenizer, TINY_FOLDER / spec.decoder)
     _teach_towers(spec, model, processor, out / "0-tower", seed=seed, log=out / "log.jsonl")

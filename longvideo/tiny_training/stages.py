@@ -1,0 +1,98 @@
+"""What the tiny models are taught about videos: the stages of the common curriculum, and those of single models."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from longvideo.evaluation.corpus import Difficulty
+
+BATCH_SIZE = 8
+# A kind stands as often as it is to be asked where a scene allows it. Few scenes allow a question about a direction,
+# and times are learned slowly.
+ALL_KINDS = ("colour",) * 5 + ("shape",) + ("direction",) * 5 + ("order",) * 3 + ("at_time",) * 3 + ("when",) * 4
+# Letters last for two frames, and few shapes move for long.
+DRILL_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 5 + ("order", "at_time") + ("when",) * 2
+DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
+# Where nearly all that is seen moves, what tells a direction stands out.
+MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
+MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the curriculum.
+
+    Args:
+        name: folder of its checkpoints.
+        num_videos: training videos, each seen once.
+        learning_rate: peak rate of all parts.
+        schedule: "constant_with_warmup" or "linear" (down to zero).
+        warmup_steps: steps with a rising rate.
+        difficulty: what the scenes contain.
+        captions: chance that a batch asks for descriptions of the whole video and nothing else.
+        events: chance that a batch asks for lists of all events and nothing else.
+        shape_first: chance that those descriptions and lists name a shape before its colour: a model that always
+            writes the colour first never learns to find something by its shape.
+        letters: chance that a question is asked with four options and answered by a letter.
+        kinds: the kind of a conversation is drawn from these, as far as the scene allows it.
+        trainable_parts: what learns; see `VideoSFTConfig`.
+        prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
+        pictures: whether rows are single frames with a description instead of videos.
+    """
+
+    name: str
+    num_videos: int
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    difficulty: str | Difficulty
+    captions: float
+    events: float
+    shape_first: float
+    letters: float
+    kinds: tuple[str, ...] = ALL_KINDS
+    trainable_parts: tuple[str, ...] = ("connector", "language_model")
+    prepare_model: str | None = None
+    pictures: bool = False
+
+
+# Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
+# The tower is left as its own lessons made it.
+STAGES = (
+    Stage("1-single", 1_200, 1e-3, "constant_with_warmup", 50, "single", 0.4, 0.0, 0.5, 0.0),
+    Stage("2-easy", 3_200, 1e-3, "constant_with_warmup", 20, "easy", 0.4, 0.2, 0.5, 0.0),
+    Stage("3-full", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.25, 0.25, 0.5, 0.0),
+    Stage("4-drill", 3_200, 1e-3, "constant_with_warmup", 20, DRILL, 0.1, 0.1, 0.5, 0.0, kinds=DRILL_KINDS),
+    Stage("5-questions", 8_000, 7e-4, "linear", 20, "full", 0.05, 0.1, 0.5, 0.02),
+    Stage("6-moving", 2_400, 7e-4, "constant_with_warmup", 20, MOVING, 0.0, 0.0, 0.0, 0.0, kinds=MOVING_KINDS),
+    Stage("7-finish", 4_000, 5e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0),
+)
+
+# A decoder that was trained before gets to know its connector first; then pictures or videos are for both.
+ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=("connector",))
+PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
+FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
+
+# CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
+EVERYTHING = ("connector", "language_model", "vision_tower")
+CROSSLMM_STAGES = (
+    replace(ALIGN, name="1-align", trainable_parts=("connector", "v2v")),
+    replace(FULL, name="2a-full", num_videos=3_200, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
+    replace(STAGES[4], name="2b-questions", num_videos=6_400, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
+    replace(STAGES[5], name="2c-moving", num_videos=2_000, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
+    replace(STAGES[6], name="2d-finish", num_videos=4_000, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
+)
+
+
+def scale_stage(stage: Any, scale: float) -> Any:
+    """Shortens a stage, or makes it longer.
+
+    Args:
+        stage: one of `stages_of`.
+        scale: factor of its videos, and of its warm-up where that becomes shorter.
+
+    Returns:
+        The stage with a whole number of batches, at least one.
+    """
+    batches = max(round(stage.num_videos * scale / BATCH_SIZE), 1)
+    warmup = min(stage.warmup_steps, max(round(stage.warmup_steps * scale), 1))
+    return replace(stage, num_videos=batches * BATCH_SIZE, warmup_steps=warmup)
