@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "videochat_flash": "longvideo.evaluation.bench_videochat_flash",
     "longvu": "longvideo.evaluation.bench_longvu",
     "llava_st": "longvideo.evaluation.bench_llava_st",
+    "crosslmm": "longvideo.evaluation.bench_crosslmm",
 }
 
 

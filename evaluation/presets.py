@@ -193,9 +193,11 @@ PRESETS = {
         LlavaSTConfig,
         LLAVA_ST,
     ),
-    "crosslmm-2b": Preset((), None, QWEN2_5_1_5B, 0, 0, CrossLMMConfig, TIED),
-    "crosslmm-7b": Preset((), None, QWEN2_7B, 0, 0, CrossLMMConfig),
-    "crosslmm-7b-16": Preset((), SIGLIP2_GIANT, QWEN2_7B, 0, 0, CrossLMMConfig, {"tokens_per_frame": 16}),
+    "crosslmm-2b": Preset((), None, QWEN2_5_1_5B, 882, 2_022_703_662, CrossLMMConfig, TIED),
+    "crosslmm-7b": Preset((), None, QWEN2_7B, 883, 8_441_476_654, CrossLMMConfig),
+    "crosslmm-7b-16": Preset(
+        (), SIGLIP2_GIANT, QWEN2_7B, 1091, 9_152_103_438, CrossLMMConfig, {"tokens_per_frame": 16}
+    ),
 }
 
 

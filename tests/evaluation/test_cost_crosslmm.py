@@ -1,10 +1,19 @@
 """Counts for CrossLMM against the paper's tables, and against what models really do."""
 
+import re
+
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from longvideo.evaluation import cost, cost_crosslmm, cost_flops_crosslmm
 from longvideo.evaluation.presets import PRESETS
 from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
+from longvideo.modeling.crosslmm.modeling_crosslmm import CrossLMMForConditionalGeneration
+from longvideo.modeling.crosslmm.visibility import VisualInputs
+from longvideo.modeling.crosslmm.visual_cache import VisualKeysLayer
+from tests.tiny_crosslmm import tiny_crosslmm_model
 
 FRAMES = (32, 64, 128, 256)
 # Table 6 and Fig. 4b, tera multiply-adds.
@@ -104,6 +113,114 @@ def test_an_answer_token():
         more, less = (cost.estimate(one, 256).flops["decode_per_token"] for one in (config, plain))
         queries = 7 * 2 * config.text_config.hidden_size**2
         assert ((more - less) // 2 - queries) / 1e9 == pytest.approx(giga, abs=0.01)
+
+
+# ---------------------------------------------------------------------- what models really do
+
+SWITCHES = [{}, {"share_kv": True}, {"kv_source": "encoder"}, {"kv_source": "encoder", "share_kv": True},
+            {"v2v_scope": "frame"}, {"use_t2v": False}, {"use_v2v": False}, {"cross_attention_interval": None},
+            {"text": "qwen3", "tie_word_embeddings": True, "projector_norm": "none"}]  # fmt: skip
+
+
+def counted(function) -> FlopCounterMode:
+    """FLOPs of a call as torch counts them; fused kernels hide theirs on the CPU."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        function()
+    return counter
+
+
+def on_meta(config: CrossLMMConfig) -> CrossLMMForConditionalGeneration:
+    """A model of shapes without values."""
+    with torch.device("meta"):
+        # The counter looks for gradients where there is a parameter.
+        return CrossLMMForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("name", "accounting"), [("2b", "A"), ("2b", "B"), ("2b", "C"), ("7b", "C")])
+def test_counted_terms_equal_the_formula(name, accounting):
+    config, num_frames, num_text = size(name, **ACCOUNTINGS[accounting]), 2, 63
+    core, width = on_meta(config).model, config.text_config.hidden_size
+    num_keys, num_visual = num_frames * 729, num_frames * 9
+    length = num_visual + num_text
+    macs = cost_flops_crosslmm.paper_macs(config, num_frames, num_text=num_text)
+
+    def run() -> None:
+        core.vision_tower(torch.zeros(num_frames, 3, 384, 384, device="meta"))
+        core.multi_modal_projector(torch.zeros(num_keys, 1152, device="meta"))
+        key_width = cost_flops_crosslmm.memory_width(config)
+        visuals = VisualInputs(torch.zeros(num_keys, key_width, device="meta"), [num_frames], [[0]], rows_per_frame=9)
+        core(
+            inputs_embeds=torch.zeros(1, length, width, device="meta"),
+            # Which rows are visual is a value, not a shape.
+            visual_mask=torch.arange(length)[None] < num_visual,
+            visual_inputs=visuals,
+            attention_mask=torch.zeros(1, 1, length, length, device="meta"),
+            use_cache=False,
+        )
+
+    counts = {part: sum(flops.values()) // 2 for part, flops in counted(run).get_flop_counts().items()}
+
+    def parts(pattern: str) -> int:
+        return sum(value for part, value in counts.items() if re.search(pattern, part))
+
+    assert counts["SiglipVisionModel"] == macs["tower"]
+    assert counts["CrossLMMProjector"] == macs["projector"]
+    assert parts(r"(self_attn|mlp)\.[a-z]+_proj$") - parts(r"^Siglip.*_proj$") == macs["language"]
+    assert parts(r"\.dual_cross_attention\.\w+\.[qo]_proj$") == macs["query_output"]
+    assert parts(r"\.dual_cross_attention\.\w+\.[kv]_proj$") == macs["key_value"]
+    cores = 7 * cost_flops_crosslmm.attention_flops(config, num_frames, num_text) // 2
+    assert parts(r"\.dual_cross_attention$") == cores + macs["query_output"] + macs["key_value"]
+
+
+def test_weights_of_stage_1_on_the_meta_device():
+    model = on_meta(size("2b", use_t2v=False))
+    sizes = {name: value.numel() for name, value in model.named_parameters()}
+    trained = {name: count for name, count in sizes.items() if re.search("projector|dual_cross_attention", name)}
+    small = {name: count for name, count in trained.items() if re.search("norm|gate", name)}
+    assert sum(trained.values()) - sum(small.values()) == 42_681_344
+    assert sum(small.values()) == 2304 + 7 * (1536 + 1)
+
+
+@pytest.mark.parametrize("name", ["2b", "7b", "7b-16"])
+def test_weights_of_the_papers_sizes(name):
+    preset = PRESETS[f"crosslmm-{name}"]
+    sizes = [value.numel() for value in on_meta(preset.config()).parameters()]
+    assert sum(sizes) == cost_crosslmm.count_parameters(preset.config())["total"]
+    assert (len(sizes), sum(sizes)) == (preset.num_tensors, preset.num_values)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_counts_of_tiny_models(switches):
+    num_frames, num_text = 3, 5
+    model = tiny_crosslmm_model(**switches).requires_grad_(False)
+    config = model.config
+    counts = cost.estimate(config, num_frames, num_text=num_text, dtype="fp32", causal=False)
+    assert counts.parameters["total"] == sum(value.numel() for value in model.parameters())
+    assert counts.parameters["vision"] == sum(value.numel() for value in model.model.vision_tower.parameters())
+
+    pixels, seen = torch.randn(1, num_frames, 3, 32, 32), {}
+    encode = counted(lambda: seen.update(video=model.get_video_features(pixels)))
+    assert encode.get_total_flops() == counts.flops["tower"] + counts.flops["projector"]
+
+    ids = torch.full((1, counts.visual_tokens + num_text), 11)
+    ids[:, : counts.visual_tokens] = config.video_token_id
+    prefill = counted(lambda: seen.update(out=model(input_ids=ids, mm_encoder_outputs={"video": seen["video"]},
+                                                    use_cache=True, logits_to_keep=1)))  # fmt: skip
+    rotary = model.model.language_model.rotary_emb
+
+    def behind(counter: FlopCounterMode, length: int) -> int:
+        # A matrix product in some versions of transformers, left out of the formulas.
+        positions = counted(lambda: rotary(torch.zeros(1), torch.arange(length)[None]))
+        return counter.get_total_flops() - positions.get_total_flops()
+
+    flops = behind(prefill, ids.shape[1])
+    assert flops == counts.flops["total"] - counts.flops["tower"] - counts.flops["projector"]
+    cache = seen["out"].past_key_values
+    layers = [layer for layer in cache.layers if isinstance(layer, VisualKeysLayer) and layer.is_initialized]
+    stored = sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in layers)
+    assert stored == counts.visual_cache_bytes
+    step = counted(lambda: model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True))
+    assert behind(step, 1) == counts.flops["decode_per_token"]
 
 
 # ---------------------------------------------------------------------- estimates
