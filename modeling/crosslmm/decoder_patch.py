@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 from longvideo.modeling.crosslmm.dual_cross_attention import CrossLMMCrossAttention, CrossLMMDualCrossAttention
-from longvideo.modeling.crosslmm.visibility import VisualMemory
+from longvideo.modeling.crosslmm.visibility import VisibilityPlan, VisualMemory
 
 LAYER_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _PATCHED_CLASSES: dict[type, type] = {}
@@ -28,7 +29,9 @@ class PatchedLayerMixin:
 
     original_class: type
 
-    def __call__(self, hidden_states: torch.Tensor, *args, visual_memory: VisualMemory | None = None, **kwargs):
+    def __call__(
+        self, hidden_states: torch.Tensor, *args, visual_memory: VisualMemory | None = None, **kwargs
+    ) -> torch.Tensor:
         """Hands the memory's tokens on by position: only so does re-entrant checkpointing return their gradient."""
         if args:
             raise ValueError(
@@ -38,7 +41,13 @@ class PatchedLayerMixin:
         tokens, plan = (None, None) if visual_memory is None else (visual_memory.tokens, visual_memory.plan)
         return super().__call__(hidden_states, tokens, visual_plan=plan, **kwargs)
 
-    def forward(self, hidden_states: torch.Tensor, memory_tokens=None, visual_plan=None, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory_tokens: torch.Tensor | None = None,
+        visual_plan: VisibilityPlan | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         """Runs self-attention, dual cross-attention and MLP.
 
         Args:
@@ -60,7 +69,7 @@ class PatchedLayerMixin:
             )
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: int) -> tuple:
         """Pickles and copies by the original class, because the patched one has no importable name."""
         return (_new_patched, (self.original_class,), *super().__reduce_ex__(protocol)[2:])
 
@@ -103,7 +112,7 @@ def patched_layers(language_model: nn.Module) -> list[nn.Module]:
     return [module for module in language_model.modules() if isinstance(module, PatchedLayerMixin)]
 
 
-def patch_decoder(language_model: nn.Module, config) -> nn.Module:
+def patch_decoder(language_model: nn.Module, config: CrossLMMConfig) -> nn.Module:
     """Adds dual cross-attention to the layers `config.cross_attention_layers`, in place.
 
     Args:
@@ -182,7 +191,7 @@ def unpatch_decoder(language_model: nn.Module) -> nn.Module:
     return language_model
 
 
-def _init_branch(module: CrossLMMCrossAttention, layer: nn.Module, config) -> None:
+def _init_branch(module: CrossLMMCrossAttention, layer: nn.Module, config: CrossLMMConfig) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.LayerNorm):
             init.ones_(child.weight)
@@ -200,7 +209,7 @@ def _init_branch(module: CrossLMMCrossAttention, layer: nn.Module, config) -> No
                 init.copy_(child.bias, source.bias)
 
 
-def _init_layer(layer: nn.Module, config, names: tuple[str, ...] = ("v2v", "t2v")) -> None:
+def _init_layer(layer: nn.Module, config: CrossLMMConfig, names: tuple[str, ...] = ("v2v", "t2v")) -> None:
     dual = layer.dual_cross_attention
     with torch.no_grad():
         for name in names:
@@ -213,7 +222,7 @@ def _init_layer(layer: nn.Module, config, names: tuple[str, ...] = ("v2v", "t2v"
             init.constant_(getattr(dual, f"{name}_gate"), 0.0 if config.gate_mode == "attn" else 1.0)
 
 
-def init_cross_attention(model: nn.Module, config) -> None:
+def init_cross_attention(model: nn.Module, config: CrossLMMConfig) -> None:
     """Initialises the cross-attention of all patched layers: random or copied projections, closed gates.
 
     Args:
@@ -238,7 +247,7 @@ def _copy_v2v(dual: CrossLMMDualCrossAttention) -> None:
             init.copy_(parameter, source[name])
 
 
-def add_t2v(language_model: nn.Module, config) -> nn.Module:
+def add_t2v(language_model: nn.Module, config: CrossLMMConfig) -> nn.Module:
     """Enters stage 2: gives every patched layer a T2V with a closed gate, in place.
 
     Args:

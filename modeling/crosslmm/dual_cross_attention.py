@@ -14,8 +14,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 from longvideo.modeling.crosslmm.visibility import AttentionGroup, VisibilityPlan
 from longvideo.modeling.crosslmm.visual_cache import VisualKeysLayer, append_keys, keys_layers
 
@@ -93,7 +95,9 @@ class CrossLMMCrossAttention(nn.Module):
     Differs: the equations have no output projection; the published number of trainable parameters needs one.
     """
 
-    def __init__(self, text_config, key_width: int, *, norm_keys: bool = False, has_keys: bool = True):
+    def __init__(
+        self, text_config: PreTrainedConfig, key_width: int, *, norm_keys: bool = False, has_keys: bool = True
+    ):
         super().__init__()
         self.config = text_config
         heads, width = text_config.num_attention_heads, text_config.hidden_size
@@ -184,7 +188,7 @@ class CrossLMMDualCrossAttention(nn.Module):
     at 0. Rows that see no key stay as they are in both.
     """
 
-    def __init__(self, text_config, config, query_norm: nn.Module, *, slot: int):
+    def __init__(self, text_config: PreTrainedConfig, config: CrossLMMConfig, query_norm: nn.Module, *, slot: int):
         super().__init__()
         self.slot = slot
         self.text_config = text_config
@@ -324,7 +328,7 @@ class CrossLMMDualCrossAttention(nn.Module):
                 for some_places, some_rows in self._attend_group(name, hidden_RD, group, keys, values):
                     places.append(some_places)
                     rows.append(some_rows)
-        self._leave(cache, t2v_layer, v2v_layer, plan)
+        self._leave(cache, (t2v_layer, v2v_layer), plan)
         if not places:
             return hidden_states
         if places[0] is None:
@@ -332,12 +336,12 @@ class CrossLMMDualCrossAttention(nn.Module):
         changed = hidden_RD.index_copy(0, torch.cat(places), torch.cat(rows))
         return changed.view_as(hidden_states)
 
-    def _leave(self, cache: Cache | None, t2v_layer, v2v_layer, plan: VisibilityPlan) -> None:
+    def _leave(self, cache: Cache | None, layers: tuple[VisualKeysLayer | None, ...], plan: VisibilityPlan) -> None:
         """Drops V2V keys that nothing will ask for, and moves an offloaded cache's keys away."""
         if cache is None:
             return
         if not plan.keep_v2v:
-            v2v_layer.reset()
+            layers[1].reset()
         if getattr(cache, "offloading", False):
-            t2v_layer.offload()
-            v2v_layer.offload()
+            for layer in layers:
+                layer.offload()

@@ -14,7 +14,7 @@ Shapes: B batch, S positions, P original tokens of all visuals, E width of memor
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -283,7 +283,9 @@ class _Groups:
         self.frames: list[list[torch.Tensor]] = []
         self.last: dict[tuple, int] = {}
 
-    def add(self, row: int, places_GQ: torch.Tensor, first_key: int, num_keys: int, frames_GQ=None) -> None:
+    def add(
+        self, row: int, places_GQ: torch.Tensor, first_key: int, num_keys: int, frames_GQ: torch.Tensor | None = None
+    ) -> None:
         """Adds queries of one batch row, G stretches of `num_keys` keys each with Q of them."""
         if not places_GQ.numel() or not num_keys:
             return
@@ -398,7 +400,12 @@ def build_plan(
 
 
 def build_text_plan(
-    rows: list[list[RowVisual]], length: int, *, v2v_counts: list[int], keep_v2v: bool = False, key_mask=None
+    rows: list[list[RowVisual]],
+    length: int,
+    *,
+    v2v_counts: list[int],
+    keep_v2v: bool = False,
+    key_mask: Callable[[], torch.Tensor] | None = None,
 ) -> VisibilityPlan:
     """Plans a forward pass without visual rows and without new keys, as decoding is; reads no tensor.
 

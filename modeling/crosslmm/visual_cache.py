@@ -17,6 +17,7 @@ Shapes: B batch, S positions, H key heads, L keys of the longest row, C width of
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
+from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 from longvideo.modeling.crosslmm.visibility import (
     RowVisual,
     VisualInputs,
@@ -40,7 +41,7 @@ class _AppendedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> None:
         """Refuses; the decoder never writes here."""
         raise ValueError(f"{type(self).__name__} holds visual keys and is written by cross-attention layers only.")
 
@@ -273,7 +274,7 @@ def prepare_visual_memory(
     batch_size: int,
     length: int,
     *,
-    config,
+    config: CrossLMMConfig,
     visuals: VisualInputs | None = None,
     visual_BS: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -314,28 +315,41 @@ def prepare_visual_memory(
     if config.share_kv and config.use_t2v:
         bases = [0] * batch_size
     if visuals is None and visual_BS is None:
-        return _prepare_text(ledger, rows, bases, length, config, device)
-    return _prepare_visual(ledger, rows, bases, length, config, visuals, visual_BS, attention_mask, device)
-
-
-def _prepare_text(ledger, rows, bases, length, config, device) -> VisualMemory:
-    totals = [row[-1].end_key if row else 0 for row in rows]
-    counts = [total - base for total, base in zip(totals, bases, strict=True)]
-    waiting = config.use_v2v and any(visual.seen < visual.num_rows for row in rows for visual in row)
-    mask = None if ledger is None else lambda: ledger.key_mask(torch.device(device))
-    plan = build_text_plan(rows, length, v2v_counts=counts, keep_v2v=waiting, key_mask=mask)
-    if not config.use_t2v:
-        plan.t2v = []
-    ledger.text_since_visual += length
-    return VisualMemory(None, plan.to(torch.device(device)))
-
-
-def _prepare_visual(ledger, rows, bases, length, config, visuals, visual_BS, attention_mask, device) -> VisualMemory:
-    rows, segments = add_visuals(rows, visuals)
-    visual_BS = torch.zeros(len(rows), length, dtype=torch.bool) if visual_BS is None else visual_BS.cpu()
+        return _prepare_text(ledger, bases, length, config, torch.device(device))
+    if visual_BS is None:
+        visual_BS = torch.zeros(batch_size, length, dtype=torch.bool)
     real_BS = None
     if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
         real_BS = attention_mask[:, -length:].bool().cpu()
+    given = (visuals, visual_BS.cpu(), real_BS)
+    return _prepare_visual(ledger, rows, bases, given, config, torch.device(device))
+
+
+def _prepare_text(
+    ledger: VisualLedgerLayer, bases: list[int], length: int, config: CrossLMMConfig, device: torch.device
+) -> VisualMemory:
+    rows = ledger.rows
+    totals = [row[-1].end_key if row else 0 for row in rows]
+    counts = [total - base for total, base in zip(totals, bases, strict=True)]
+    waiting = config.use_v2v and any(visual.seen < visual.num_rows for row in rows for visual in row)
+    plan = build_text_plan(rows, length, v2v_counts=counts, keep_v2v=waiting, key_mask=lambda: ledger.key_mask(device))
+    if not config.use_t2v:
+        plan.t2v = []
+    ledger.text_since_visual += length
+    return VisualMemory(None, plan.to(device))
+
+
+def _prepare_visual(
+    ledger: VisualLedgerLayer | None,
+    rows: list[list[RowVisual]],
+    bases: list[int],
+    given: tuple[VisualInputs | None, torch.Tensor, torch.Tensor | None],
+    config: CrossLMMConfig,
+    device: torch.device,
+) -> VisualMemory:
+    visuals, visual_BS, real_BS = given
+    length = visual_BS.shape[1]
+    rows, segments = add_visuals(rows, visuals)
     plan, after = build_plan(
         rows,
         segments,
@@ -362,6 +376,6 @@ def _prepare_visual(ledger, rows, bases, length, config, visuals, visual_BS, att
         places = visual_BS.any(0).nonzero()
         ledger.text_since_visual = length - 1 - int(places[-1]) if len(places) else ledger.text_since_visual + length
     if visuals is None:
-        return VisualMemory(None, plan.to(torch.device(device)))
+        return VisualMemory(None, plan.to(device))
     plan.token_frames = _token_frames(visuals) if config.cross_attention_frame_rope else None
-    return VisualMemory(visuals.tokens, plan.to(torch.device(device)))
+    return VisualMemory(visuals.tokens, plan.to(device))

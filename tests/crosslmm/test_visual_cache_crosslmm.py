@@ -105,9 +105,10 @@ def test_memory_given_once_lasts_for_all_chunks():
     assert torch.allclose(out[MASK.bool()], whole(model, config)[MASK.bool()], atol=3e-5)
 
 
-def test_every_row_equals_its_own_run():
+@pytest.mark.parametrize("gate_mode", ["attn", "residual"])
+def test_every_row_equals_its_own_run(gate_mode):
     """Rows of unequal numbers of keys and of none, decoded step by step."""
-    model, config = make_patched()
+    model, config = make_patched(gate_mode=gate_mode)
     ids = torch.cat([IDS, torch.tensor([[0] * 6 + [5, 6, 7, 8, 9, 10, 11, 12]])])
     mask = (ids != 0).long()
     joint = visual_inputs(rows=[*ROWS, []])
