@@ -86,7 +86,7 @@ def test_recorders_and_names_find_patched_layers():
     assert len(out.hidden_states) == 5 and len(out.attentions) == 4
     unpatch_decoder(model.model)
     assert model.model._no_split_modules == {"LlamaDecoderLayer"}
-    # A layer that was patched loses its class's name where all are: split decisions go by what is there.
+    # With every layer patched no layer bears the original class's name.
     model, config = make("llama", cross_attention_interval=1)
     patch_decoder(model.model, config)
     assert "CrossLMMLlamaDecoderLayer" in model.model._no_split_modules

@@ -61,6 +61,16 @@ def _attend(
     return _linear(weights, f"{name}.o_proj", torch.cat(heads))
 
 
+def _seen_frames(
+    kind: int, begun: list[int], visuals: list[torch.Tensor], only_frame: int | None
+) -> list[tuple[int, int]]:
+    """Visual and frame of all that a position sees."""
+    if kind >= 0 and only_frame is not None:
+        return [(kind, only_frame)]
+    seen = [kind] if kind >= 0 else begun if kind == TEXT else []
+    return [(v, f) for v in seen for f in range(len(visuals[v]))]
+
+
 def naive_dual_cross_attention(
     weights: dict[str, torch.Tensor],
     hidden_BSD: torch.Tensor,
@@ -106,14 +116,11 @@ def naive_dual_cross_attention(
             if kind >= 0 and kind not in begun:
                 begun.append(kind)
             name = "v2v" if kind >= 0 else "t2v"
-            seen, query_frame = [], None
+            query_frame = None
             if kind >= 0:
                 query_frame = passed[kind] // rows_per_frame
                 passed[kind] += 1
-                every = range(len(row_visuals[kind]))
-                seen = [(kind, f) for f in (every if v2v_scope == "video" else [query_frame])]
-            elif kind == TEXT:
-                seen = [(v, f) for v in begun for f in range(len(row_visuals[v]))]
+            seen = _seen_frames(kind, begun, row_visuals, query_frame if v2v_scope == "frame" else None)
             if not seen or f"{name}_gate" not in weights:
                 rows.append(h)
                 continue
