@@ -52,3 +52,29 @@ class VisualProcessor:
         sound = audio if audio is not None else kwargs.get("audios")
         tokens = {"image": self.image_token, "video": self.video_token}
         check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name=self.model_name)
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        """Write what stands in the prompt for one image; every processor overrides it.
+
+        Args:
+            image_inputs: Output of the image processor.
+            image_idx: Zero-based index of the image in the call.
+            **kwargs: Options of the call.
+
+        Returns:
+            Its placeholders.
+        """
+        raise NotImplementedError
+
+    def replace_video_token(self, video_inputs: Any, video_idx: int, **kwargs: Any) -> str:
+        """Write what stands in the prompt for one video; every processor overrides it.
+
+        Args:
+            video_inputs: Output of the video processor.
+            video_idx: Zero-based index of the video in the call.
+            **kwargs: Options of the call.
+
+        Returns:
+            Its placeholders.
+        """
+        raise NotImplementedError
