@@ -104,8 +104,8 @@ class CrossLMMPreTrainedModel(PreTrainedModel):
         # A stage-1 checkpoint has no T2V; that all of it starts anew, with closed gates, is no reason for a warning.
         super()._adjust_missing_and_unexpected_keys(loading_info)
         new = {name for name in self.state_dict() if "dual_cross_attention.t2v" in name}
-        if new and new <= set(loading_info.missing_keys):
-            loading_info.missing_keys = set(loading_info.missing_keys) - new
+        if new and new == set(loading_info.missing_keys):
+            loading_info.missing_keys = set()
             logger.info("The checkpoint has no T2V cross-attention (stage 1); it starts anew with closed gates.")
 
 
