@@ -237,6 +237,15 @@ def test_kept_tokens_belong_to_the_frames(pipe, video, answer):
     assert without["answer"] == answer, "encoding first must not change the answer"
 
 
+def test_kept_tokens_of_the_first_of_two_unequal_videos(pipe):
+    frames = np.random.default_rng(0).integers(0, 255, (12, 40, 48, 3), dtype=np.uint8)
+    blocks = [{"type": "video", "video": part} for part in (frames[:4], frames[4:])]
+    messages = [{"role": "user", "content": [*blocks, {"type": "text", "text": QUESTION}]}]
+    result = pipe(messages, return_kept_tokens=True, **NEW)
+    assert result["kept_tokens"]["frames"].shape[0] == 4 and result["kept_tokens"]["merge_groups"].shape[0] == 1
+    assert pipe(messages, **NEW)["answer"] == result["answer"]
+
+
 def test_generation_settings(checkpoint, video, answer):
     pipe = pipeline("video-question-answering", model=str(checkpoint), device="cpu", max_new_tokens=5)
     assert pipe(video, QUESTION)["answer"] == answer

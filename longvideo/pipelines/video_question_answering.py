@@ -311,7 +311,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         windows, video = about["windows"], about["shared"] or encoding.SharedVideo()
         if windows is None and not (with_thumbs or force or about["shared"]):
             return tensors, video, []
-        names, waits = self.processor.video_processor.model_input_names, []
+        # Counts come only with videos of several lengths, so processors do not list them.
+        names, waits = [*self.processor.video_processor.model_input_names, "video_num_frames"], []
         if video.encoded is None:
             timed = (
                 None if windows is None else encoding.TimedWindows(windows, self._to_uint8 if with_thumbs else None)
