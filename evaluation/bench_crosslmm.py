@@ -284,6 +284,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     Returns:
         One entry per target: name, measured value, limit, whether it is met, and how it was computed.
     """
+    from longvideo.evaluation.cost_crosslmm import visual_cache_bytes
     from longvideo.evaluation.cost_flops_crosslmm import all_tokens_macs, paper_macs
     from longvideo.evaluation.presets import PRESETS
 
@@ -312,10 +313,13 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     config = PRESETS["crosslmm-7b"].config()
     cut, full = (all_tokens_macs(config, most, max_length=length) for length in (32768, most * 1000))
     paper = paper_macs(config, most)["total"]
+    size = 4 if result["machine"]["device"] == "cpu" else 2
+    cache = visual_cache_bytes(bench_config(), most, bytes_per_value=size)
     rows = [
         (f"peak memory of prefill over that with all tokens, {most} frames", ratio(held, "prefill", "all_prefill"),
          MAX_MEMORY, f"{held('prefill') / 1e6:.0f} of {held('all_prefill') / 1e6:.0f} MB above the model, visual "
-         f"features included; {steps[f'prefill/{most}']['input_bytes'] / 1e6:.0f} MB are features"),
+         f"features included; {steps[f'prefill/{most}']['input_bytes'] / 1e6:.0f} MB are features, {cache / 1e6:.0f} "
+         "MB cached keys and values of the video"),
         (f"FLOPs before the first answer token over those with all tokens, {most} frames", ratio(whole, "", "all_"),
          MAX_FLOPS, f"formula, attention included; prefill alone {ratio(prefill, 'prefill', 'all_prefill'):.3f}; 7B "
          f"as the paper counts {paper / full:.3f}, and {paper / cut:.3f} of a prompt cut off at 32,768 tokens"),

@@ -38,8 +38,8 @@ def eager_cross_attention(
     """Attends with explicit scores, in the form of transformers' attention functions.
 
     Args:
-        module: has `num_key_value_groups`, query heads per key head.
-        query: (G, query heads, Q, C).
+        module: says whether it trains.
+        query: (G, H, Q, C).
         key: (G, H, L, C).
         value: (G, H, L, C).
         attention_mask: added to the scores, (G, 1, Q or 1, L); None for none.
@@ -48,12 +48,10 @@ def eager_cross_attention(
         **kwargs: not used.
 
     Returns:
-        (G, Q, query heads, C) and the weights (G, query heads, Q, L).
+        (G, Q, H, C) and the weights (G, H, Q, L).
 
     Source: Eq. 2.
     """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -103,7 +101,8 @@ class CrossLMMCrossAttention(nn.Module):
         heads, width = text_config.num_attention_heads, text_config.hidden_size
         key_heads = getattr(text_config, "num_key_value_heads", None) or heads
         self.head_dim = getattr(text_config, "head_dim", None) or width // heads
-        self.num_key_value_groups = heads // key_heads
+        # What attention functions shall repeat keys by: the heads are folded before them.
+        self.num_key_value_groups = 1
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = getattr(text_config, "attention_dropout", 0.0)
         self.is_causal = False
@@ -167,9 +166,15 @@ class CrossLMMCrossAttention(nn.Module):
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)[:, None, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_cross_attention)
         dropout = self.attention_dropout if self.training else 0.0
-        output, _ = attend(
-            self, query.transpose(1, 2), keys_GHLC, values_GHLC, mask, dropout=dropout, scaling=self.scaling
-        )
+        query = query.transpose(1, 2)
+        # Query heads of one key head attend as more queries of it, so that keys are read once. Flash attention does so
+        # by itself, and with a mask it must see how many queries there really are.
+        folded = mask is None or "flash" not in (implementation or "")
+        if folded:
+            query = query.unflatten(1, (keys_GHLC.shape[1], -1)).flatten(2, 3)
+        output, _ = attend(self, query, keys_GHLC, values_GHLC, mask, dropout=dropout, scaling=self.scaling)
+        if folded:
+            output = output.transpose(1, 2).unflatten(2, (-1, queries_GQD.shape[1])).flatten(1, 2).transpose(1, 2)
         return self.o_proj(output.flatten(2))
 
 

@@ -172,7 +172,9 @@ def test_chunks_bound_every_call_and_change_nothing(monkeypatch, chunk, scope):
     calls, original = [], module.eager_cross_attention
 
     def record(own, query, key, value, attention_mask, **kwargs):
-        calls.append((query.shape[0] * query.shape[2], key.shape[2], attention_mask))
+        # Heads that share a key head come as more queries of it.
+        queries = query.shape[:3].numel() // config.text_config.num_attention_heads
+        calls.append((queries, key.shape[2], attention_mask))
         return original(own, query, key, value, attention_mask, **kwargs)
 
     monkeypatch.setattr(module, "eager_cross_attention", record)
