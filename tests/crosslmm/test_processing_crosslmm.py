@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.crosslmm import CrossLMMImageProcessor, CrossLMMProcessor, CrossLMMVideoProcessor
+from tests.processing_inputs import ask, frames_of, messages
 from tests.tiny import tiny_tokenizer
 from tests.tiny_crosslmm import tiny_crosslmm_config
 from tests.tiny_crosslmm_processor import SIDE, tiny_crosslmm_processor
@@ -27,25 +28,6 @@ def processor() -> CrossLMMProcessor:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eleven seconds at 8 frames per second."""
     return make_video(tmp_path_factory.mktemp("clips") / "numbered.mp4", num_frames=88, fps=8)
-
-
-def frames_of(count: int, height: int = 24, width: int = 40) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
-
-
-def messages(question: str = "What happens?", **block) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "video", **block}, {"type": "text", "text": question}]}]
-
-
-def ask(processor: CrossLMMProcessor, conversation: list, **processor_kwargs):
-    return processor.apply_chat_template(
-        conversation,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, "padding": True, **processor_kwargs},
-    )
 
 
 def numbers_of(pixels_FCHW: torch.Tensor) -> list[int]:

@@ -20,6 +20,7 @@ from longvideo.processing.llava_st.tokenizer_llava_st import (
     coordinate_token_fields,
 )
 from longvideo.processing.shared.frame_sampling import spread_indices
+from tests.processing_inputs import ask, frames_of, messages
 from tests.tiny import tiny_tokenizer
 from tests.tiny_llava_st import FIRST_ID, tiny_llava_st_config, tiny_llava_st_ids
 from tests.tiny_llava_st_processor import SIDE, tiny_llava_st_processor, tiny_llava_st_tokenizer
@@ -39,25 +40,6 @@ def processor() -> LlavaSTProcessor:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve seconds at 8 frames per second, 64 x 48 pixels."""
     return make_video(tmp_path_factory.mktemp("clips") / "numbered.mp4", num_frames=96, fps=8)
-
-
-def frames_of(count: int, height: int = 24, width: int = 40) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
-
-
-def messages(question: str = "What happens?", **block) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "video", **block}, {"type": "text", "text": question}]}]
-
-
-def ask(processor: LlavaSTProcessor, conversation: list, **processor_kwargs):
-    return processor.apply_chat_template(
-        conversation,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, "padding": True, **processor_kwargs},
-    )
 
 
 def facts_of(inputs):

@@ -15,6 +15,7 @@ from longvideo.evaluation.presets import BENCHMARK_PRESETS
 from longvideo.processing.longvu import LongVUImageProcessor, LongVUProcessor, LongVUVideoProcessor
 from longvideo.processing.shared.chat_templates import load_chat_template
 from longvideo.processing.shared.video_probe import probe_video
+from tests.processing_inputs import ask, frames_of, messages
 from tests.tiny import tiny_tokenizer
 from tests.tiny_longvu import tiny_longvu_config
 from tests.tiny_longvu_processor import SIDE, tiny_longvu_processor
@@ -33,25 +34,6 @@ def processor() -> LongVUProcessor:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve seconds at 8 frames per second, 64 x 48 pixels."""
     return make_video(tmp_path_factory.mktemp("clips") / "numbered.mp4", num_frames=96, fps=8)
-
-
-def frames_of(count: int, height: int = 24, width: int = 40) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
-
-
-def messages(question: str = "What happens?", **block) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "video", **block}, {"type": "text", "text": question}]}]
-
-
-def ask(processor: LongVUProcessor, conversation: list, **processor_kwargs):
-    return processor.apply_chat_template(
-        conversation,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, "padding": True, **processor_kwargs},
-    )
 
 
 def numbers_of(pixels_FCHW: torch.Tensor, mean: list, std: list, height: int, width: int) -> list[int]:

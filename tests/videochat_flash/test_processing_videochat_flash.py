@@ -20,6 +20,7 @@ from longvideo.processing.videochat_flash import (
     VideoChatFlashProcessor,
     VideoChatFlashVideoProcessor,
 )
+from tests.processing_inputs import ask, frames_of, messages
 from tests.tiny import tiny_tokenizer, tiny_videochat_flash_config, tiny_videochat_flash_processor
 from tests.videos import frame_number, make_sound, make_video
 
@@ -36,25 +37,6 @@ def processor() -> VideoChatFlashProcessor:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve seconds at 8 frames per second."""
     return make_video(tmp_path_factory.mktemp("clips") / "numbered.mp4", num_frames=96, fps=8)
-
-
-def frames_of(count: int, height: int = 24, width: int = 40) -> np.ndarray:
-    return np.random.default_rng(count).integers(0, 255, (count, height, width, 3), dtype=np.uint8)
-
-
-def messages(question: str = "What happens?", **block) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "video", **block}, {"type": "text", "text": question}]}]
-
-
-def ask(processor: VideoChatFlashProcessor, conversation: list, **processor_kwargs):
-    return processor.apply_chat_template(
-        conversation,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"return_metadata": True, "padding": True, **processor_kwargs},
-    )
 
 
 def numbers_of(processor: VideoChatFlashProcessor, pixels_FCHW: torch.Tensor) -> list[int]:
