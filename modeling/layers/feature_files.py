@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +47,49 @@ def video_source_key(path: str | os.PathLike, **settings: object) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def feature_key(pixels: str, model: str, source: str | None = None) -> dict[str, str]:
+    """Names what the features of videos belong to.
+
+    Args:
+        pixels: hash of the pixels.
+        model: hash of the settings and weights that make features of them.
+        source: name of the source and its settings, see `video_source_key`.
+
+    Returns:
+        The hashes by name; `source` only where there is one.
+    """
+    key = {"pixels": pixels, "model": model}
+    return key if source is None else {**key, "source": source}
+
+
+def check_encoded_video(
+    key: Mapping[str, str],
+    model_key: Callable[[], str],
+    *,
+    pixels: torch.Tensor | None = None,
+    features: object | None = None,
+) -> None:
+    """Checks that an encoded video is this model's, and the only video input.
+
+    Args:
+        key: what its features belong to, see `feature_key`.
+        model_key: gives the hash of this model's settings and weights; called only where one is stored.
+        pixels: pixels of videos that were given beside it.
+        features: other features of videos that were given beside it.
+
+    Raises:
+        ValueError: other video inputs were given, or another model encoded the video.
+    """
+    if pixels is not None or features is not None:
+        raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
+    stored = key.get("model")
+    if stored is not None and stored != model_key():
+        raise ValueError(
+            "The encoded video was made by a model with other weights or settings than this one. Encode the video "
+            "again with this model's encode_video."
+        )
 
 
 def save_features(folder: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict) -> None:

@@ -11,7 +11,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from longvideo.modeling.llava_st.encoded_video_llava_st import LlavaSTEncodedVideo, hash_tensors
+from longvideo.modeling.layers.cached_prompts import known_length
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.llava_st.encoded_video_llava_st import LlavaSTEncodedVideo
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
 ENCODING_SETTINGS = (
@@ -62,9 +64,7 @@ class LlavaSTGenerationMixin(GenerationMixin):
             ValueError: see `get_video_features`.
         """
         output = self.get_video_features(pixel_values_videos.to(self.device), return_dict=True)
-        key = {"pixels": hash_tensors(pixel_values_videos), "model": self.encoding_key()}
-        if source_key is not None:
-            key["source"] = source_key
+        key = feature_key(hash_tensors(pixel_values_videos), self.encoding_key(), source_key)
         frames = [pixel_values_videos.shape[1]] * len(output.pooler_output)
         return LlavaSTEncodedVideo(output.pooler_output, frames, key)
 
@@ -76,17 +76,11 @@ class LlavaSTGenerationMixin(GenerationMixin):
     ) -> dict[str, ModelOutput]:
         """Returns encoder outputs with an encoded video in them; checks that it is this model's and the only one."""
         features = dict(mm_encoder_outputs or {})
-        if encoded_video is None:
-            return features
-        if pixel_values_videos is not None or features.get("video") is not None:
-            raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
-        stored = encoded_video.key.get("model")
-        if stored is not None and stored != self.encoding_key():
-            raise ValueError(
-                "The encoded video was made by a model with other weights or settings than this one. Encode the video "
-                "again with this model's encode_video."
+        if encoded_video is not None:
+            check_encoded_video(
+                encoded_video.key, self.encoding_key, pixels=pixel_values_videos, features=features.get("video")
             )
-        features["video"] = encoded_video.to(self.device).as_output()
+            features["video"] = encoded_video.to(self.device).as_output()
         return features
 
     # ------------------------------------------------------------------ generation
@@ -143,13 +137,7 @@ class LlavaSTGenerationMixin(GenerationMixin):
             )
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         num_cached = 0 if cache is None else int(cache.get_seq_length())
-        # As upstream: a mask wider than the ids says that only the new ones were passed.
-        num_known = num_cached if mask is None or mask.shape[1] == given.shape[1] else 0
-        if num_known and num_known >= given.shape[1]:
-            raise ValueError(
-                f"The cache holds {num_cached} positions, but the prompt has {given.shape[1]}. Pass the ids of the "
-                "whole conversation: what generate returned, then the new turn."
-            )
+        num_known = known_length(num_cached, given.shape[1], None if mask is None else mask.shape[1])
         prompt = self.model.embed_prompt(
             None if embeds is not None else ids[:, num_known:].to(self.device),
             None if embeds is None else embeds[:, num_known:],

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from longvideo.modeling.layers.feature_files import hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
 from longvideo.modeling.longvu.encoded_video_longvu import LongVUEncodedVideo
 from longvideo.modeling.longvu.vision_longvu import FrameDigest, VisualInputs
 
@@ -211,18 +211,8 @@ class LongVUGenerationMixin(GenerationMixin):
             size = (1, 1) if video_size is None else (int(video_size[0]), int(video_size[1]))
             limit = self.model.widest_limit(size)
             visuals = [self.model._encode_stream(windows, num_frames, size, limit, digest)]
-        key = {"pixels": digest.hexdigest(), "model": self.encoding_key()}
-        if source_key is not None:
-            key["source"] = source_key
+        key = feature_key(digest.hexdigest(), self.encoding_key(), source_key)
         return LongVUEncodedVideo(visuals, key)
-
-    def _check_encoded_video(self, encoded_video: LongVUEncodedVideo) -> None:
-        stored = encoded_video.key.get("model")
-        if stored is not None and stored != self.encoding_key():
-            raise ValueError(
-                "The encoded video was made by a model with other weights or settings than this one. Encode the video "
-                "again with this model's encode_video."
-            )
 
     # ------------------------------------------------------------------ generation
 
@@ -252,9 +242,12 @@ class LongVUGenerationMixin(GenerationMixin):
         """
         features = dict(kwargs.pop("mm_encoder_outputs", None) or {})
         if encoded_video is not None:
-            if kwargs.get("pixel_values_videos") is not None or features.get("video") is not None:
-                raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
-            self._check_encoded_video(encoded_video)
+            check_encoded_video(
+                encoded_video.key,
+                self.encoding_key,
+                pixels=kwargs.get("pixel_values_videos"),
+                features=features.get("video"),
+            )
             features["video"] = encoded_video.as_output()
             kwargs.pop("video_num_frames", None)
             kwargs.pop("video_sizes", None)

@@ -7,7 +7,8 @@ import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo, hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo
 from longvideo.modeling.videochat_flash.vision_videochat_flash import VideoChatFlashVisionOutput
 from longvideo.modeling.videochat_flash.visual_dropout import build_plan
 
@@ -49,18 +50,8 @@ class VideoChatFlashGenerationMixin(GenerationMixin):
             return_dict=True,
         )
         num_frames = [len(groups) * self.config.mm_local_num_frames for groups in output.merge_groups]
-        key = {"pixels": hash_tensors(pixel_values_videos), "model": self.encoding_key()}
-        if source_key is not None:
-            key["source"] = source_key
+        key = feature_key(hash_tensors(pixel_values_videos), self.encoding_key(), source_key)
         return EncodedVideo(output.pooler_output, output.merge_groups, num_frames, key)
-
-    def _check_encoded_video(self, encoded_video: EncodedVideo) -> None:
-        stored = encoded_video.key.get("model")
-        if stored is not None and stored != self.encoding_key():
-            raise ValueError(
-                "The encoded video was made by a model with other weights or settings than this one. Encode the video "
-                "again with this model's encode_video."
-            )
 
     @torch.no_grad()
     def generate(self, *args, encoded_video: EncodedVideo | None = None, **kwargs) -> ModelOutput | torch.LongTensor:
@@ -79,9 +70,12 @@ class VideoChatFlashGenerationMixin(GenerationMixin):
         """
         features = dict(kwargs.pop("mm_encoder_outputs", None) or {})
         if encoded_video is not None:
-            if kwargs.get("pixel_values_videos") is not None or features.get("video") is not None:
-                raise ValueError("Both encoded_video and other video inputs were given; pass one of them.")
-            self._check_encoded_video(encoded_video)
+            check_encoded_video(
+                encoded_video.key,
+                self.encoding_key,
+                pixels=kwargs.get("pixel_values_videos"),
+                features=features.get("video"),
+            )
             pooled = [x.to(self.device) for x in encoded_video.features]
             features["video"] = VideoChatFlashVisionOutput(pooler_output=pooled)
             kwargs.pop("video_num_frames", None)
