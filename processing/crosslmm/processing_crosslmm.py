@@ -47,6 +47,7 @@ class CrossLMMProcessor(VisualProcessor, ProcessorMixin):
     """
 
     model_name = "CrossLMM"
+    image_entries = "pixel_values"
 
     def __init__(
         self,
@@ -95,17 +96,6 @@ class CrossLMMProcessor(VisualProcessor, ProcessorMixin):
                 than the tokenizer's `model_max_length`.
         """
         return super().__call__(images=images, text=text, videos=videos, **kwargs)
-
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(images, **kwargs)
-        count = len(processed["pixel_values"])
-        return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
-
-    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        # A sentence about the time needs the metadata, whether or not the caller wants them.
-        processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
-        count = len(processed["video_metadata"])
-        return processed, [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
         """Write what stands in the prompt for one image.

@@ -4,33 +4,15 @@ from typing import Any
 
 import numpy as np
 from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD, PILImageResampling
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.sampled_videos import SampledVideos
-from longvideo.processing.shared.video_options import check_available
+from longvideo.processing.shared.video_options import ReadingKwargs, check_available
 
 
-class CrossLMMVideoProcessorKwargs(VideosKwargs, total=False):
-    """Options of the video processor beside the usual ones.
-
-    Attributes:
-        min_frames: Least number of frames.
-        max_frames: Largest number of frames.
-        video_backend: "auto", "pyav" or "torchcodec".
-        num_threads: Decoder threads, 0 for as many as there are cores.
-        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
-        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
-            `end`, `timestamps`, `duration`, `metadata`.
-    """
-
-    min_frames: int | None
-    max_frames: int | None
-    video_backend: str | None
-    num_threads: int | None
-    progress: bool | None
-    video_options: list | None
+class CrossLMMVideoProcessorKwargs(ReadingKwargs, total=False):
+    """Options of the video processor: those of every one."""
 
 
 class CrossLMMVideoProcessor(SampledVideos, BaseVideoProcessor):

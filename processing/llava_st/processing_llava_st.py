@@ -330,11 +330,6 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
             replaced.append(entries)
         return expanded, replaced
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(images, **kwargs)
-        count = len(processed["image_sizes"])
-        return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
-
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.video_processor(videos, **kwargs)
         count = len(processed["pixel_values_videos"])

@@ -14,7 +14,6 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
 )
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -24,6 +23,7 @@ from longvideo.processing.shared.stretched_videos import StretchedVideos
 from longvideo.processing.shared.video_inputs import channels_first, describe_array
 from longvideo.processing.shared.video_io import SourceVideoMetadata
 from longvideo.processing.shared.video_options import (
+    ReadingKwargs,
     check_limits,
     keeps_every_frame,
     list_sources,
@@ -31,8 +31,8 @@ from longvideo.processing.shared.video_options import (
 )
 
 
-class LlavaSTVideoProcessorKwargs(VideosKwargs, total=False):
-    """Options of the video processor beside the usual ones.
+class LlavaSTVideoProcessorKwargs(ReadingKwargs, total=False):
+    """Options of the video processor beside those of every one.
 
     Attributes:
         num_frames: Frames of every video; shorter videos repeat frames.
@@ -41,21 +41,10 @@ class LlavaSTVideoProcessorKwargs(VideosKwargs, total=False):
         max_frames: Largest number of frames.
         split: (first, last) zero-based frame indices of the part that is looked at, both included; one pair for all
             videos, or a list with one pair or None per video.
-        video_backend: "auto", "pyav" or "torchcodec".
-        num_threads: Decoder threads, 0 for as many as there are cores.
-        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
-        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
-            `end` (seconds), `timestamps`, `duration`, `metadata`.
     """
 
     temporal_factor: int | None
-    min_frames: int | None
-    max_frames: int | None
     split: list | tuple | None
-    video_backend: str | None
-    num_threads: int | None
-    progress: bool | None
-    video_options: list | None
 
 
 class LlavaSTVideoProcessor(StretchedVideos, BaseVideoProcessor):

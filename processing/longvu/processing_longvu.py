@@ -99,11 +99,6 @@ class LongVUProcessor(VisualProcessor, ProcessorMixin):
         """
         return self.video_processor.iterate_windows(video, window_size, **kwargs)
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(images, **kwargs)
-        count = len(processed["image_sizes"])
-        return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
-
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
         count = len(processed["video_sizes"])

@@ -17,7 +17,6 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
 )
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -34,6 +33,7 @@ from longvideo.processing.shared.frame_sampling import (
 from longvideo.processing.shared.stretched_videos import CallOptions
 from longvideo.processing.shared.video_io import SourceVideoMetadata, opened_video
 from longvideo.processing.shared.video_options import (
+    ReadingKwargs,
     check_available,
     check_limits,
     keeps_every_frame,
@@ -46,8 +46,8 @@ from longvideo.processing.shared.video_options import (
 FPS_RULES = ("stride", "rounded_stride", "even")
 
 
-class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
-    """Options of the video processor beside the usual ones, which are those of SigLIP.
+class LongVUVideoProcessorKwargs(ReadingKwargs, total=False):
+    """Options of the video processor beside those of every one; sizes, means and deviations are those of SigLIP.
 
     Attributes:
         dino_size: Height and width of DINOv2's frames in pixels.
@@ -61,11 +61,6 @@ class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
         video_size_order: What `video_sizes` holds: "width_height", "height_width", or "original" for the order that
             the published weights were trained with: (height, width) for video files and arrays, (width, height) for
             gifs, folders and lists of pictures.
-        video_backend: "auto", "pyav" or "torchcodec".
-        num_threads: Decoder threads, 0 for as many as there are cores.
-        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
-        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
-            `end`, `timestamps`, `duration`, `metadata`.
         window_size: Frames per window; nothing is decoded, and `video_windows` is given in place of pixels.
     """
 
@@ -74,13 +69,7 @@ class LongVUVideoProcessorKwargs(VideosKwargs, total=False):
     dino_image_std: float | list | tuple | None
     fps_rule: str | None
     thin_above: int | None
-    min_frames: int | None
-    max_frames: int | None
     video_size_order: str | None
-    video_backend: str | None
-    num_threads: int | None
-    progress: bool | None
-    video_options: list | None
     window_size: int | None
 
 

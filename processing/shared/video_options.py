@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import VideosKwargs
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.frame_sampling import check_rate, clip_range
@@ -20,6 +21,27 @@ from longvideo.processing.shared.video_inputs import (
 from longvideo.processing.shared.video_io import SourceVideoMetadata
 
 SAMPLING_OPTIONS = ("num_frames", "fps", "min_frames", "max_frames")
+
+
+class ReadingKwargs(VideosKwargs, total=False):
+    """Options that every video processor has beside the usual ones.
+
+    Attributes:
+        min_frames: Least number of frames.
+        max_frames: Largest number of frames.
+        video_backend: "auto", "pyav" or "torchcodec".
+        num_threads: Decoder threads, 0 for as many as there are cores.
+        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
+        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
+            `end` (seconds), `timestamps`, `duration` (seconds), `metadata`.
+    """
+
+    min_frames: int | None
+    max_frames: int | None
+    video_backend: str | None
+    num_threads: int | None
+    progress: bool | None
+    video_options: list | None
 
 
 def list_sources(

@@ -10,11 +10,12 @@ from longvideo.processing.shared.processor_calls import apply_template, check_it
 class VisualProcessor:
     """Renders messages and checks that prompts fit their videos and images.
 
-    To be named before `ProcessorMixin` among the base classes. A processor sets `model_name`, and its constructor
-    `image_token` and `video_token`.
+    To be named before `ProcessorMixin` among the base classes. A processor sets `model_name` and `image_entries` (the
+    output of its image processor that has one entry per image), and its constructor `image_token` and `video_token`.
     """
 
     model_name = ""
+    image_entries = "image_sizes"
 
     def apply_chat_template(
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
@@ -52,6 +53,17 @@ class VisualProcessor:
         sound = audio if audio is not None else kwargs.get("audios")
         tokens = {"image": self.image_token, "video": self.video_token}
         check_items(text, images=images, videos=videos, audio=sound, tokens=tokens, model_name=self.model_name)
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        count = len(processed[self.image_entries])
+        return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
+
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
+        # A sentence about the time needs the metadata, whether or not the caller wants them.
+        processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
+        count = len(processed["video_metadata"])
+        return processed, [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """Write what stands in the prompt for one image; every processor overrides it.

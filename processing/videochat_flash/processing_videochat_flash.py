@@ -51,6 +51,7 @@ class VideoChatFlashProcessor(VisualProcessor, ProcessorMixin):
     """
 
     model_name = "VideoChat-Flash"
+    image_entries = "image_grids"
 
     def __init__(
         self,
@@ -131,17 +132,6 @@ class VideoChatFlashProcessor(VisualProcessor, ProcessorMixin):
                 starts = [sum(counts[:index]) for index in range(len(counts))]
                 images = [flat[start : start + count] for start, count in zip(starts, counts, strict=True)]
         return images, text, videos, audio
-
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        processed = self.image_processor(images, **kwargs)
-        count = len(processed["image_grids"])
-        return processed, [self.replace_image_token(processed, image_idx=index, **kwargs) for index in range(count)]
-
-    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
-        # The sentence about the duration needs the metadata, whether or not the caller wants them.
-        processed = self.video_processor(videos, **{**kwargs, "return_metadata": True})
-        count = len(processed["video_metadata"])
-        return processed, [self.replace_video_token(processed, video_idx=index, **kwargs) for index in range(count)]
 
     def replace_image_token(self, image_inputs: Mapping, image_idx: int, **kwargs: Any) -> str:
         """Write what stands in the prompt for one image.

@@ -9,35 +9,21 @@ from transformers.image_utils import (
     IMAGENET_DEFAULT_STD,
     PILImageResampling,
 )
-from transformers.processing_utils import VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.sampled_videos import SampledVideos
-from longvideo.processing.shared.video_options import check_available
+from longvideo.processing.shared.video_options import ReadingKwargs, check_available
 
 
-class VideoChatFlashVideoProcessorKwargs(VideosKwargs, total=False):
-    """Options of the video processor beside the usual ones.
+class VideoChatFlashVideoProcessorKwargs(ReadingKwargs, total=False):
+    """Options of the video processor beside those of every one.
 
     Attributes:
-        min_frames: Least number of frames.
-        max_frames: Largest number of frames.
         mm_local_num_frames: Frames per clip; every video gets a multiple of it.
-        video_backend: "auto", "pyav" or "torchcodec".
-        num_threads: Decoder threads, 0 for as many as there are cores.
-        progress: Whether to show a progress bar; None shows one for long videos on a terminal.
-        video_options: One mapping per video with its own `fps`, `num_frames`, `min_frames`, `max_frames`, `start`,
-            `end`, `timestamps`, `duration`, `metadata`.
     """
 
-    min_frames: int | None
-    max_frames: int | None
     mm_local_num_frames: int | None
-    video_backend: str | None
-    num_threads: int | None
-    progress: bool | None
-    video_options: list | None
 
 
 class VideoChatFlashVideoProcessor(SampledVideos, BaseVideoProcessor):
