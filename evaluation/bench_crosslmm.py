@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longvideo.evaluation.bench_steps import PeakMemory, fastest
+from longvideo.evaluation.bench_steps import PeakMemory, fastest, judged, judged_clock, measure_steps, time_and_memory
 
 if TYPE_CHECKING:
     import torch
@@ -266,12 +266,7 @@ def measure(
     Returns:
         `steps`.
     """
-    steps = {}
-    for num_frames in args.frames:
-        for step in STEPS:
-            tell(f"{step}, {num_frames} frames")
-            steps[f"{step}/{num_frames}"] = in_process([step, num_frames, args.rounds, args.device])
-    return {"steps": steps}
+    return {"steps": measure_steps(args, STEPS, in_process, tell)}
 
 
 def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]:
@@ -303,9 +298,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     def whole(side: str) -> int:
         return prefill(f"{side}encode") + prefill(f"{side}prefill")
 
-    # Other work on the machine stretches the clock on the wall, not the processor's.
-    clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
-    unit = "processor time" if clock == "cpu_seconds" else "seconds"
+    clock, unit = judged_clock(result["machine"]["device"])
 
     def decode(name: str) -> float:
         return steps[f"{name}/{few}"][clock]
@@ -327,10 +320,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
          MAX_DECODE, f"{unit}, {1e3 * decode('decode'):.1f} of {1e3 * decode('plain_decode'):.1f} ms per token; over "
          f"decoding with all tokens {ratio(decode, 'decode', 'all_decode'):.3f}"),
     ]  # fmt: skip
-    return [
-        {"name": name, "measured": measured, "limit": limit, "met": measured <= limit, "how": how}
-        for name, measured, limit, how in rows
-    ]
+    return judged(rows)
 
 
 def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -348,8 +338,7 @@ def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
         label, num_frames = name.split("/")
         side, plain = split_name(label)
         words = f"{plain}{' (per token)' if plain == 'decode' else ''}{sides[side]}"
-        rows.append([words, num_frames, f"{step['visual_tokens']:,}", f"{step['seconds']:.4f}",
-                     f"{step['cpu_seconds']:.4f}", f"{step['peak_bytes'] / 1e6:.1f}",
+        rows.append([words, num_frames, f"{step['visual_tokens']:,}", *time_and_memory(step),
                      f"{step['input_bytes'] / 1e6:.1f}", f"{step['flops'] / 1e9:,.2f}"])  # fmt: skip
     heads = ["step", "frames", "visual tokens", "seconds", "processor s", "peak MB", "input MB", "GFLOPs, formula"]
     return [(heads, rows)]

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longvideo.evaluation.bench_steps import PeakMemory, fastest
+from longvideo.evaluation.bench_steps import PeakMemory, fastest, judged, judged_clock, measure_steps, time_and_memory
 
 if TYPE_CHECKING:
     from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
@@ -231,12 +231,8 @@ def measure(
     Returns:
         `steps`.
     """
-    steps = {}
-    for num_frames in args.frames:
-        for step in (*STEPS, *(f"naive_{packer}" for packer in PACKERS)):
-            tell(f"{step}, {num_frames} frames")
-            steps[f"{step}/{num_frames}"] = in_process([step, num_frames, args.rounds, args.device])
-    return {"steps": steps}
+    names = (*STEPS, *(f"naive_{packer}" for packer in PACKERS))
+    return {"steps": measure_steps(args, names, in_process, tell)}
 
 
 def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]:
@@ -250,9 +246,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
         One entry per target: name, measured value, limit, whether it is met, and how it was computed.
     """
     steps = result["steps"]
-    # Other work on the machine stretches the clock on the wall, not the processor's.
-    clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
-    unit = "processor time" if clock == "cpu_seconds" else "seconds"
+    clock, unit = judged_clock(result["machine"]["device"])
     rows = []
     for num_frames in sorted(frames):
         ours, naive = ([steps[f"{prefix}{packer}/{num_frames}"] for packer in PACKERS] for prefix in ("", "naive_"))
@@ -265,10 +259,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
         small, large = (max(step["peak_bytes"] for step in side) for side in (ours, naive))
         how = f"largest of the three, {small / 1e6:.0f} of {large / 1e6:.0f} MB above model and input"
         rows.append((f"their peak memory over the same, {num_frames} frames", small / max(large, 1), MAX_MEMORY, how))
-    return [
-        {"name": name, "measured": measured, "limit": limit, "met": measured <= limit, "how": how}
-        for name, measured, limit, how in rows
-    ]
+    return judged(rows)
 
 
 def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -287,6 +278,5 @@ def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
         kind = " packer" if plain in PACKERS else " (per token)" if plain == "decode" else ""
         words = f"{plain}{kind}{', unfold and nn.MultiheadAttention' if plain != label else ''}"
         tokens = f"{step['visual_tokens']:,}" if step["visual_tokens"] else "-"
-        rows.append([words, num_frames, tokens, f"{step['seconds']:.4f}", f"{step['cpu_seconds']:.4f}",
-                     f"{step['peak_bytes'] / 1e6:.1f}"])  # fmt: skip
+        rows.append([words, num_frames, tokens, *time_and_memory(step)])
     return [(["step", "frames", "visual tokens", "seconds", "processor s", "peak MB"], rows)]

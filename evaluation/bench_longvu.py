@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from longvideo.evaluation.bench_steps import PeakMemory, fastest
+from longvideo.evaluation.bench_steps import PeakMemory, fastest, judged, judged_clock, measure_steps, time_and_memory
 
 if TYPE_CHECKING:
     import torch
@@ -368,12 +368,11 @@ def measure(
     Returns:
         `steps` and `memory`.
     """
-    steps, memory = {}, {}
-    for num_frames in args.frames:
-        for step in (*STEPS, *(f"naive_{stage}" for stage in STAGES)):
-            tell(f"{step}, {num_frames} frames")
-            rounds = 1 if step.startswith("naive_") else args.rounds
-            steps[f"{step}/{num_frames}"] = in_process([step, num_frames, rounds, args.device])
+    names = (*STEPS, *(f"naive_{stage}" for stage in STAGES))
+    steps = measure_steps(
+        args, names, in_process, tell, rounds=lambda name: 1 if name.startswith("naive_") else args.rounds
+    )
+    memory = {}
     for num_frames in args.memory_frames or MEMORY_FRAMES:
         tell(f"memory, {num_frames} frames")
         memory[str(num_frames)] = in_process(["memory", num_frames, args.device])
@@ -391,9 +390,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
         One entry per target: name, measured value, limit, whether it is met, and how it was computed.
     """
     steps, memory = result["steps"], result["memory"]
-    # Other work on the machine stretches the clock on the wall, not the processor's.
-    clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
-    unit = "processor time" if clock == "cpu_seconds" else "seconds"
+    clock, unit = judged_clock(result["machine"]["device"])
     rows = []
     for num_frames in sorted(frames):
         fast, naive = (
@@ -414,10 +411,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     most = max(run["logits_positions"] for run in memory.values())
     whole = max(run["prompt_positions"] for run in memory.values())
     rows.append(("positions with logits in one call", most, 1, f"of prompts of up to {whole:,} positions"))
-    return [
-        {"name": name, "measured": measured, "limit": round(limit, 4), "met": measured <= limit, "how": how}
-        for name, measured, limit, how in rows
-    ]
+    return judged(rows)
 
 
 def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -435,8 +429,7 @@ def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
         label = f"{label.removeprefix('naive_')}, plain loop" if label.startswith("naive_") else label
         label += " (per token)" if label == "decode" else ""
         tokens = f"{step['visual_tokens']:,}" if step["visual_tokens"] else "-"
-        rows.append([label, num_frames, tokens, f"{step['seconds']:.4f}", f"{step['cpu_seconds']:.4f}",
-                     f"{step['peak_bytes'] / 1e6:.1f}"])  # fmt: skip
+        rows.append([label, num_frames, tokens, *time_and_memory(step)])
     memory = [
         [num_frames, str(run["kept_frames"]), f"{run['visual_tokens']:,}", f"{run['encoding_bytes'] / 1e6:.1f}",
          f"{run['peak_bytes'] / 1e6:.1f}",

@@ -1,9 +1,10 @@
-"""What the benchmarks of all architectures measure with: time, peak memory, decoding; and a clip to decode."""
+"""What the benchmarks of all architectures measure and report with: time, peak memory, targets; a clip to decode."""
 
+import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,67 @@ def make_clip(path: Path, minutes: float) -> None:
             frame.pts = index
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+# ---------------------------------------------------------------------- what a benchmark reports
+
+
+def measure_steps(
+    args: argparse.Namespace,
+    names: Sequence[str],
+    in_process: Callable[[list], dict[str, Any]],
+    tell: Callable[[str], None],
+    *,
+    rounds: Callable[[str], int] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run steps for every number of frames, each in a process of its own.
+
+    Args:
+        args: The parsed arguments.
+        names: Steps.
+        in_process: Runs the step of some words in a process of its own.
+        tell: Says what is being done.
+        rounds: Gives how often a step is run; `args.rounds` times when None.
+
+    Returns:
+        What each step measured, by its name and the number of frames, "tower/64".
+    """
+    steps = {}
+    for num_frames in args.frames:
+        for name in names:
+            tell(f"{name}, {num_frames} frames")
+            count = args.rounds if rounds is None else rounds(name)
+            steps[f"{name}/{num_frames}"] = in_process([name, num_frames, count, args.device])
+    return steps
+
+
+def judged_clock(device: str) -> tuple[str, str]:
+    """Say which clock targets are judged by: other work stretches the one on the wall, not the processor's.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Returns:
+        Its name in what was measured, and for people.
+    """
+    return ("cpu_seconds", "processor time") if device == "cpu" else ("seconds", "seconds")
+
+
+def judged(rows: Sequence[tuple[str, float, float, str]]) -> list[dict[str, Any]]:
+    """Compare what was measured with the targets.
+
+    Args:
+        rows: Name, measured value, limit, and how it was computed.
+
+    Returns:
+        One entry per target: name, measured value, limit, whether it is met, and how it was computed.
+    """
+    return [
+        {"name": name, "measured": measured, "limit": round(limit, 4), "met": measured <= limit, "how": how}
+        for name, measured, limit, how in rows
+    ]
+
+
+def time_and_memory(step: dict[str, Any]) -> list[str]:
+    """Write the cells of a table that every step has: seconds, processor seconds and MB at the peak."""
+    return [f"{step['seconds']:.4f}", f"{step['cpu_seconds']:.4f}", f"{step['peak_bytes'] / 1e6:.1f}"]

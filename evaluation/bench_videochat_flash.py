@@ -9,7 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvideo.evaluation.bench_steps import PeakMemory, fastest, make_clip, run_bare_pass, run_reading
+from longvideo.evaluation.bench_steps import (
+    PeakMemory,
+    fastest,
+    judged,
+    judged_clock,
+    make_clip,
+    measure_steps,
+    run_bare_pass,
+    run_reading,
+    time_and_memory,
+)
 
 if TYPE_CHECKING:
     from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
@@ -295,12 +305,7 @@ def measure(
     Returns:
         `steps` and `decoding`.
     """
-    steps: dict[str, dict[str, Any]] = {}
-    for num_frames in args.frames:
-        for step in STEPS:
-            tell(f"{step}, {num_frames} frames")
-            words = [step, num_frames, args.rounds, args.device]
-            steps[f"{step}/{num_frames}"] = in_process(words)
+    steps = measure_steps(args, STEPS, in_process, tell)
     tell("decoding: writing the clip")
     decoding: dict[str, Any] = {"bare": [], "read": [], "ratios": []}
     with tempfile.TemporaryDirectory(prefix="longvideo_bench_") as folder:
@@ -328,9 +333,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
     steps, low, high = result["steps"], min(frames), max(frames)
     bare, read = result["decoding"]["bare"], result["decoding"]["read"]
     wall, cpu = (min(run[key] for run in read) / min(run[key] for run in bare) for key in ("seconds", "cpu_seconds"))
-    # Other work on the machine stretches the clock on the wall, not the processor's.
-    clock = "cpu_seconds" if result["machine"]["device"] == "cpu" else "seconds"
-    unit = "processor time" if clock == "cpu_seconds" else "seconds"
+    clock, unit = judged_clock(result["machine"]["device"])
     added = min(run["longvideo"] for run in result["imports"])
     before = min(run["transformers"] for run in result["imports"])
     merge, tower = (steps[f"{name}/{high}"] for name in ("merge", "tower"))
@@ -349,10 +352,7 @@ def judge(result: dict[str, Any], frames: Sequence[int]) -> list[dict[str, Any]]
          f"{read[0]['kept'] * 224 * 224 * 3 / 1e6:.0f} MB of it are the frames"),
         ("import longvideo after import transformers, seconds", added, 0.3, f"on top of {before:.2f} s"),
     ]  # fmt: skip
-    return [
-        {"name": name, "measured": measured, "limit": limit, "met": measured <= limit, "how": how}
-        for name, measured, limit, how in rows
-    ]
+    return judged(rows)
 
 
 def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -370,8 +370,8 @@ def tables(result: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
         label += " (per token)" if label.startswith("decode") else " + merging" if label == "tower" else ""
         counted = "-" if step["flops_counted"] is None else f"{step['flops_counted'] / 1e9:.3f}"
         rows.append(
-            [label, num_frames, f"{step['visual_tokens']:,}", f"{step['seconds']:.4f}", f"{step['cpu_seconds']:.4f}",
-             f"{step['peak_bytes'] / 1e6:.1f}", f"{step['flops_formula'] / 1e9:.3f}", counted]
+            [label, num_frames, f"{step['visual_tokens']:,}", *time_and_memory(step),
+             f"{step['flops_formula'] / 1e9:.3f}", counted]
         )  # fmt: skip
     for label, key in (("bare PyAV pass", "bare"), ("reading a clip at 1 fps", "read")):
         best = min(result["decoding"][key], key=lambda run: run["seconds"])

@@ -15,6 +15,7 @@ Legend: F frames, P patches of a frame, V visual tokens, S sequence, D language 
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,14 @@ BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, 
 # Decoders of the Llama family whose query, key and value projections have a bias whatever the configuration says.
 TYPES_WITH_QKV_BIAS = ("qwen2",)
 TYPES_WITH_QK_NORM = ("qwen3",)
+
+
+class Counts:
+    """What a question about one video costs; every architecture has a dataclass of its own over it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain numbers, lists and dicts."""
+        return asdict(self)
 
 
 def counter_of(config: PreTrainedConfig) -> ModuleType:
@@ -279,6 +288,70 @@ def beyond_positions(config: PreTrainedConfig, counts: Any, new_tokens: int) -> 
     if limit is None or needed <= limit:
         return limit or needed, None
     return limit, f"prompt and answer need {needed:,} positions, the model has {limit:,}"
+
+
+def warn_of_positions(
+    config: PreTrainedConfig, counts: Any, new_tokens: int, *, tokens: int, frames: int = 1
+) -> str | None:
+    """Say how many frames fit when prompt and answer are longer than the decoder.
+
+    Args:
+        config: Model configuration.
+        counts: The counts, with `visual_tokens` and `text_tokens`.
+        new_tokens: Tokens of the answer.
+        tokens: Visual tokens of so many frames as belong together.
+        frames: How many those are.
+
+    Returns:
+        A sentence, or None.
+    """
+    limit, sentence = beyond_positions(config, counts, new_tokens)
+    if sentence is None:
+        return None
+    most = max((limit - counts.text_tokens - new_tokens) // tokens, 0)
+    return f"{sentence}: take at most {most * frames:,} frames, or extend it with YaRN (rope_parameters)."
+
+
+def memory_rows(counts: Any, activations: str, *, visual_cache: int | None = None) -> list[tuple[str, str]]:
+    """Lay memory out for people.
+
+    Args:
+        counts: The counts, with `weight_bytes`, `cache_bytes` and the `peak` of `activation_bytes`.
+        activations: What the activations are made of.
+        visual_cache: Bytes of keys and values that are kept of patch tokens besides, None where none are.
+
+    Returns:
+        Pairs of name and text.
+    """
+    peak = counts.activation_bytes["peak"]
+    total = counts.weight_bytes + counts.cache_bytes + (visual_cache or 0) + peak
+    rows = [
+        ("memory", f"{gigabytes(total)} at the peak, made of"),
+        ("  weights", gigabytes(counts.weight_bytes)),
+        ("  cache", f"{gigabytes(counts.cache_bytes)} after the prefill"),
+    ]
+    if visual_cache is not None:
+        rows.append(("  visual cache", f"{gigabytes(visual_cache)}, keys and values of all patch tokens"))
+    return [*rows, ("  activations", f"{gigabytes(peak)} (estimate; {activations})")]
+
+
+def compute_rows(flops: dict[str, int], parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Lay compute out for people.
+
+    Args:
+        flops: FLOPs of `tower`, `prefill`, `decode_per_token`, and `total` before the first answer token.
+        parts: Rows between tower and prefill.
+
+    Returns:
+        Pairs of name and text.
+    """
+    return [
+        ("compute", f"{teraflops(flops['total'])} before the first answer token, made of"),
+        ("  tower", teraflops(flops["tower"])),
+        *parts,
+        ("  prefill", teraflops(flops["prefill"])),
+        ("  answer", f"{teraflops(flops['decode_per_token'])} per token"),
+    ]
 
 
 def gigabytes(count: int) -> str:

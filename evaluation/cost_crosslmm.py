@@ -5,21 +5,24 @@ FLOPs are counted in `cost_flops_crosslmm`.
 Source: CrossLMM (arXiv 2505.17020), Sec. 3 and 4; the counts follow the modules of this package.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
-    beyond_positions,
+    Counts,
     cache_bytes_per_layer,
+    compute_rows,
     count_language_parameters,
     count_siglip_parameters,
     decoder_values_per_token,
     gigabytes,
     head_sizes,
+    memory_rows,
     patches_of,
     teraflops,
     tower_values_per_token,
     value_bytes,
+    warn_of_positions,
 )
 from longvideo.evaluation.cost_flops_crosslmm import (
     attention_flops,
@@ -39,7 +42,7 @@ from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Counts):
     """What a question about one video costs.
 
     Attributes:
@@ -70,10 +73,6 @@ class Estimate:
     activation_bytes: dict[str, int]
     flops: dict[str, int]
     paper_macs: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dicts."""
-        return asdict(self)
 
 
 # ---------------------------------------------------------------------- weights
@@ -282,11 +281,7 @@ def warn(config: CrossLMMConfig, counts: Estimate, new_tokens: int) -> str | Non
     Returns:
         A sentence, or None.
     """
-    limit, sentence = beyond_positions(config, counts, new_tokens)
-    if sentence is None:
-        return None
-    most = max((limit - counts.text_tokens - new_tokens) // config.tokens_per_frame, 0)
-    return f"{sentence}: take at most {most:,} frames, or extend it with YaRN (rope_parameters)."
+    return warn_of_positions(config, counts, new_tokens, tokens=config.tokens_per_frame)
 
 
 def describe(config: CrossLMMConfig, counts: Estimate) -> list[tuple[str, str]]:
@@ -300,28 +295,33 @@ def describe(config: CrossLMMConfig, counts: Estimate) -> list[tuple[str, str]]:
         Pairs of name and text.
     """
     memory, flops, size = counts.activation_bytes, counts.flops, config.vision_config.image_size
-    total = counts.weight_bytes + counts.cache_bytes + counts.visual_cache_bytes + memory["peak"]
     num_layers, depth = len(config.cross_attention_layers), config.text_config.num_hidden_layers
     return [
         ("frames", f"{counts.num_frames:,} of {size}x{size} pixels"),
         ("patch tokens", f"{counts.patch_tokens:,}, read by cross-attention in {num_layers} of {depth} layers"),
         ("visual tokens", f"{counts.visual_tokens:,} after merging, and {counts.text_tokens} of text"),
-        ("memory", f"{gigabytes(total)} at the peak, made of"),
-        ("  weights", gigabytes(counts.weight_bytes)),
-        ("  cache", f"{gigabytes(counts.cache_bytes)} after the prefill"),
-        ("  visual cache", f"{gigabytes(counts.visual_cache_bytes)}, keys and values of all patch tokens"),
-        ("  activations", f"{gigabytes(memory['peak'])} (estimate; pixels {gigabytes(memory['pixels'])}, patch tokens "
-                          f"{gigabytes(memory['memory'])}, tower {gigabytes(memory['tower'])} and projector "
-                          f"{gigabytes(memory['projector'])} for {config.vision_chunk_size} frames at a time, "
-                          f"cross-attention {gigabytes(memory['cross_attention'])}, prefill "
-                          f"{gigabytes(memory['prefill'])})"),
-        ("compute", f"{teraflops(flops['total'])} before the first answer token, made of"),
-        ("  tower", teraflops(flops["tower"])),
-        ("  projector", teraflops(flops["projector"])),
-        ("  cross-attention", f"{teraflops(flops['cross_projections'] + flops['cross_attention'])}, of it queries "
-                              f"times keys {teraflops(flops['cross_attention'])}"),
-        ("  prefill", teraflops(flops["prefill"])),
-        ("  answer", f"{teraflops(flops['decode_per_token'])} per token"),
-        ("as in the paper", f"{counts.paper_macs['total'] / 1e12:,.2f} tera multiply-adds, printed there as TFLOPs; "
-                            "without attention behind the tower and without the output head"),
-    ]  # fmt: skip
+        *memory_rows(
+            counts,
+            f"pixels {gigabytes(memory['pixels'])}, patch tokens {gigabytes(memory['memory'])}, tower "
+            f"{gigabytes(memory['tower'])} and projector {gigabytes(memory['projector'])} for "
+            f"{config.vision_chunk_size} frames at a time, cross-attention {gigabytes(memory['cross_attention'])}, "
+            f"prefill {gigabytes(memory['prefill'])}",
+            visual_cache=counts.visual_cache_bytes,
+        ),
+        *compute_rows(
+            flops,
+            [
+                ("  projector", teraflops(flops["projector"])),
+                (
+                    "  cross-attention",
+                    f"{teraflops(flops['cross_projections'] + flops['cross_attention'])}, of it queries times keys "
+                    f"{teraflops(flops['cross_attention'])}",
+                ),
+            ],
+        ),
+        (
+            "as in the paper",
+            f"{counts.paper_macs['total'] / 1e12:,.2f} tera multiply-adds, printed there as TFLOPs; without attention "
+            "behind the tower and without the output head",
+        ),
+    ]

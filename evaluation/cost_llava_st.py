@@ -9,18 +9,21 @@ packers' attention, H its heads.
 """
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
+    Counts,
     beyond_positions,
     cache_bytes_per_layer,
+    compute_rows,
     count_language_parameters,
     count_siglip_parameters,
     decode_flops,
     decoder_layer_flops,
     decoder_values_per_token,
     gigabytes,
+    memory_rows,
     patches_of,
     teraflops,
     tower_call_flops,
@@ -34,7 +37,7 @@ PACKERS = ("spatial", "temporal", "fast")
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Counts):
     """What a question about one video costs.
 
     Attributes:
@@ -65,10 +68,6 @@ class Estimate:
     cache_bytes: int
     activation_bytes: dict[str, int]
     flops: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dicts."""
-        return asdict(self)
 
 
 # ---------------------------------------------------------------------- weights
@@ -338,7 +337,6 @@ def describe(config: LlavaSTConfig, counts: Estimate) -> list[tuple[str, str]]:
         Pairs of name and text.
     """
     memory, flops, size = counts.activation_bytes, counts.flops, config.vision_config.image_size
-    total = counts.weight_bytes + counts.cache_bytes + memory["peak"]
     unused = "" if config.splice_fast_stream else " (token embeddings only, as released)"
     return [
         ("frames", f"{counts.num_frames:,} of {size}x{size} pixels, of every video"),
@@ -346,17 +344,17 @@ def describe(config: LlavaSTConfig, counts: Estimate) -> list[tuple[str, str]]:
         ("visual tokens", f"{counts.visual_tokens:,}, and {counts.text_tokens} of text"),
         ("  fast stream", f"{counts.fast_tokens:,}{unused}"),
         ("  slow stream", f"{counts.slow_tokens:,}"),
-        ("memory", f"{gigabytes(total)} at the peak, made of"),
-        ("  weights", gigabytes(counts.weight_bytes)),
-        ("  cache", f"{gigabytes(counts.cache_bytes)} after the prefill"),
-        ("  activations", f"{gigabytes(memory['peak'])} (estimate; pixels {gigabytes(memory['pixels'])}, tower "
-                          f"{gigabytes(memory['tower'])} and projector {gigabytes(memory['projector'])} for "
-                          f"{config.vision_chunk_size} frames at a time, packer {gigabytes(memory['packer'])}, "
-                          f"prefill {gigabytes(memory['prefill'])})"),
-        ("compute", f"{teraflops(flops['total'])} before the first answer token, made of"),
-        ("  tower", teraflops(flops["tower"])),
-        ("  projector", teraflops(flops["projector"])),
-        ("  packers", teraflops(sum(flops[name] for name in PACKERS))),
-        ("  prefill", teraflops(flops["prefill"])),
-        ("  answer", f"{teraflops(flops['decode_per_token'])} per token"),
-    ]  # fmt: skip
+        *memory_rows(
+            counts,
+            f"pixels {gigabytes(memory['pixels'])}, tower {gigabytes(memory['tower'])} and projector "
+            f"{gigabytes(memory['projector'])} for {config.vision_chunk_size} frames at a time, packer "
+            f"{gigabytes(memory['packer'])}, prefill {gigabytes(memory['prefill'])}",
+        ),
+        *compute_rows(
+            flops,
+            [
+                ("  projector", teraflops(flops["projector"])),
+                ("  packers", teraflops(sum(flops[name] for name in PACKERS))),
+            ],
+        ),
+    ]

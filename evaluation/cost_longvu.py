@@ -10,10 +10,11 @@ width, E width of the connector, C width of a tower.
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
+    Counts,
     cache_bytes_per_layer,
     count_language_parameters,
     count_siglip_parameters,
@@ -33,7 +34,7 @@ from longvideo.modeling.longvu.temporal_reduction import WINDOWS
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Counts):
     """What a question about one video costs; pairs are the least and the most.
 
     Attributes:
@@ -67,10 +68,6 @@ class Estimate:
     cache_bytes: Bounds
     activation_bytes: dict[str, int]
     flops: dict[str, Bounds]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dicts."""
-        return asdict(self)
 
 
 # ---------------------------------------------------------------------- weights

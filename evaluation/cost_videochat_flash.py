@@ -6,12 +6,13 @@ Legend: F frames, K clips, P patches of a clip, M tokens after merging, V visual
 E vision width, H heads.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from longvideo.evaluation.cost import (
-    beyond_positions,
+    Counts,
     cache_bytes_per_layer,
+    compute_rows,
     count_language_parameters,
     count_siglip_parameters,
     decode_flops,
@@ -19,11 +20,13 @@ from longvideo.evaluation.cost import (
     decoder_values_per_token,
     gigabytes,
     head_sizes,
+    memory_rows,
     patches_of,
     teraflops,
     tower_call_flops,
     tower_values_per_token,
     value_bytes,
+    warn_of_positions,
 )
 from longvideo.modeling.layers.token_merging import merge_schedule
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
@@ -46,7 +49,7 @@ class StageTokens:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Counts):
     """What a question about one video costs.
 
     Attributes:
@@ -80,10 +83,6 @@ class Estimate:
     cache_bytes_per_layer: list[int]
     activation_bytes: dict[str, int]
     flops: dict[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers, lists and dicts."""
-        return asdict(self)
 
 
 def patches_per_frame(config: VideoChatFlashConfig) -> int:
@@ -454,13 +453,8 @@ def warn(config: VideoChatFlashConfig, counts: Estimate, new_tokens: int) -> str
     Returns:
         A sentence, or None.
     """
-    limit, sentence = beyond_positions(config, counts, new_tokens)
-    if sentence is None:
-        return None
-    most = max((limit - counts.text_tokens - new_tokens) // config.tokens_per_clip, 0)
-    return (
-        f"{sentence}: take at most {most * config.mm_local_num_frames:,} frames, or extend it with YaRN "
-        "(rope_parameters)."
+    return warn_of_positions(
+        config, counts, new_tokens, tokens=config.tokens_per_clip, frames=config.mm_local_num_frames
     )
 
 
@@ -482,18 +476,9 @@ def describe(config: VideoChatFlashConfig, counts: Estimate) -> list[tuple[str, 
         ("visual tokens", f"{counts.visual_tokens:,} after merging, and {counts.text_tokens} of text"),
     ]
     rows += [(f"  after layer {stage.layer}", f"{stage.visual_tokens:,} ({stage.kind})") for stage in counts.stages]
-    total = counts.weight_bytes + counts.cache_bytes + memory["peak"]
-    rows += [
-        ("memory", f"{gigabytes(total)} at the peak, made of"),
-        ("  weights", gigabytes(counts.weight_bytes)),
-        ("  cache", f"{gigabytes(counts.cache_bytes)} after the prefill"),
-        ("  activations", f"{gigabytes(memory['peak'])} (estimate; pixels {gigabytes(memory['pixels'])}, tower "
-                          f"{gigabytes(memory['tower'])} for {config.vision_chunk_size} clips at a time, merging "
-                          f"{gigabytes(memory['merge'])}, prefill {gigabytes(memory['prefill'])})"),
-        ("compute", f"{teraflops(flops['total'])} before the first answer token, made of"),
-        ("  tower", teraflops(flops["tower"])),
-        ("  merging", teraflops(flops["merge"] + flops["projector"])),
-        ("  prefill", teraflops(flops["prefill"])),
-        ("  answer", f"{teraflops(flops['decode_per_token'])} per token"),
-    ]  # fmt: skip
-    return rows
+    activations = (
+        f"pixels {gigabytes(memory['pixels'])}, tower {gigabytes(memory['tower'])} for {config.vision_chunk_size} "
+        f"clips at a time, merging {gigabytes(memory['merge'])}, prefill {gigabytes(memory['prefill'])}"
+    )
+    merging = ("  merging", teraflops(flops["merge"] + flops["projector"]))
+    return [*rows, *memory_rows(counts, activations), *compute_rows(flops, [merging])]
