@@ -43,8 +43,10 @@ def test_stages_are_those_of_the_paper() -> None:
     asked = [{name for name, _ in stage.shares} for stage in GROUNDING_STAGES]
     # The paper's first stage is two here: the connector alone, then the decoder with it.
     assert not (asked[0] | asked[1]) & set(GROUNDING_TASKS) and not any(s.lape for s in GROUNDING_STAGES[:2])
-    for names in asked[2:-1]:
+    # The second one is three here: one shape, several in pictures, then whole scenes.
+    for names in (asked[2], asked[4]):
         assert names & set(GROUNDING_TASKS) == {"rec", "reg", "tvg", "tr"}
+    assert asked[3] & set(GROUNDING_TASKS) == {"rec", "reg"} and len(asked) == 6
     assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:])
     for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
         assert names <= FORMS and sum(share for _, share in stage.shares) == pytest.approx(1)
@@ -116,7 +118,7 @@ def test_stages_can_be_shorter() -> None:
     assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
 
 
-@pytest.mark.parametrize(("without", "wanted"), [((), [False, False, True, True, True]), (("lape",), [False] * 5)])
+@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 4), (("lape",), [False] * 6)])
 def test_position_embeddings_begin_with_places(without, wanted) -> None:
     model = SimpleNamespace(config=SimpleNamespace(use_lape=True))
     found = []

@@ -44,6 +44,8 @@ NEXT_TRY = 1 << 32
 # One shape alone is found, and its place read off, within two hundred batches; among several that takes far longer.
 ALONE = Difficulty(shapes=(1,), timed=False, move=0.4, change=0.3, needle=0.0)
 ALONE_FOR_A_WHILE = Difficulty(shapes=(1,), move=0.5, change=0.5, needle=0.2)
+# A picture takes a fourth of the time of a video: which of several shapes is meant is learned here first.
+SEVERAL = Difficulty(shapes=(1, 2, 2, 3), timed=False, move=0.4, change=0.3, needle=0.0)
 # In most frames of other scenes there is one shape; here every frame has several to ask for.
 CROWDED = Difficulty(shapes=(1, 2, 3, 4), timed=False, move=0.4, change=0.3, needle=0.0)
 # Videos with more movement and change than most, for what happens in a part of them.
@@ -117,7 +119,16 @@ GROUNDING_STAGES = (
         pictures=ALONE,
     ),
     GroundingStage(
-        "2b-places-and-times",
+        "2b-several-shapes",
+        19_200,
+        1e-3,
+        "constant_with_warmup",
+        20,
+        (("rec", 0.85), ("reg", 0.1), ("picture", 0.05)),
+        pictures=SEVERAL,
+    ),
+    GroundingStage(
+        "2c-places-and-times",
         9_600,
         1e-3,
         "constant_with_warmup",
