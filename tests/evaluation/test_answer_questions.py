@@ -153,8 +153,9 @@ def test_questions_of_a_video_do_not_mix(model, processor, item, video) -> None:
 
 
 def test_evaluation_is_deterministic_and_complete(longvu) -> None:
-    # A model without merging: which of the equal patches of a flat frame merge is decided by the last bit.
-    model, processor = longvu
+    # A model that chooses nothing, neither patches to merge nor frames to keep at the full grid: among equal ones the
+    # last bit decides, and scores then differ by as much as 0.2. Here all frames fit.
+    model, processor = tiny_longvu_model(context_length=2048, dino_threshold=2.0), longvu[1]
     first = evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
     second = evaluate(model, processor, 6, kinds=["colour", "needle"], size=32)
     for one, other in zip(first, second, strict=True):
@@ -165,7 +166,7 @@ def test_evaluation_is_deterministic_and_complete(longvu) -> None:
             other.truth,
         )
         # Rounded to four digits; float32 sums may differ with the place of a tensor in memory.
-        assert one.scores == pytest.approx(other.scores, abs=1e-3)
+        assert one.scores == pytest.approx(other.scores, abs=2e-4)
     assert sorted(answered.kind for answered in first) == ["colour"] * 3 + ["needle"] * 3
     with pytest.raises(ValueError, match="unknown form 'free'"):
         evaluate(model, processor, 6, form="free")
