@@ -21,7 +21,7 @@ from longvideo.tiny_training.build_videochat_flash import build_videochat_flash
 from longvideo.tiny_training.connector import CrossLMMConnector, LongVUConnector
 from longvideo.tiny_training.grounding_stages import GROUNDING_STAGES, GroundingConversations
 from longvideo.tiny_training.stages import CROSSLMM_STAGES
-from longvideo.tiny_training.tower import CLIPS, IMAGES, TowerLessons
+from longvideo.tiny_training.tower import CLIPS, IMAGES, Phase, TowerLessons
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ def _pixel_statistics(processor: ProcessorMixin) -> tuple[list[float], list[floa
     return processor.video_processor.image_mean, processor.video_processor.image_std
 
 
+def _siglip_lessons(phase: Phase) -> TowerLessons:
+    """Lessons of the SigLIP tower, which sees single frames."""
+    return TowerLessons(
+        "siglip",
+        tower=lambda model: model.model.vision_tower,
+        encode=encode_frames,
+        statistics=_pixel_statistics,
+        phases=(phase,),
+    )
+
+
 TINY_MODELS = {
     "videochat_flash": TinyModel(
         build_videochat_flash,
@@ -80,13 +91,7 @@ TINY_MODELS = {
     "longvu": TinyModel(
         build_longvu,
         (
-            TowerLessons(
-                "siglip",
-                tower=lambda model: model.model.vision_tower,
-                encode=encode_frames,
-                statistics=_pixel_statistics,
-                phases=(IMAGES,),
-            ),
+            _siglip_lessons(IMAGES),
             TowerLessons(
                 "dino",
                 tower=lambda model: model.model.dino_tower,
@@ -115,14 +120,8 @@ TINY_MODELS = {
     "llava_st": TinyModel(
         build_llava_st,
         (
-            TowerLessons(
-                "siglip",
-                tower=lambda model: model.model.vision_tower,
-                encode=encode_frames,
-                statistics=_pixel_statistics,
-                # A picture of this size takes twice the time of the others.
-                phases=(replace(IMAGES, batch_size=64, num_steps=1000),),
-            ),
+            # A picture of this size takes twice the time of the others.
+            _siglip_lessons(replace(IMAGES, batch_size=64, num_steps=1000)),
         ),
         GROUNDING_SIZE,
         GROUNDING_FRAMES,
@@ -136,13 +135,7 @@ TINY_MODELS = {
     "crosslmm": TinyModel(
         build_crosslmm,
         (
-            TowerLessons(
-                "siglip",
-                tower=lambda model: model.model.vision_tower,
-                encode=encode_frames,
-                statistics=_pixel_statistics,
-                phases=(IMAGES,),
-            ),
+            _siglip_lessons(IMAGES),
             TowerLessons(
                 "connector",
                 tower=CrossLMMConnector,
