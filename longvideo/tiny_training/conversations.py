@@ -25,7 +25,8 @@ def choose_questions(questions: list[Question], kinds: tuple[str, ...], rng: ran
         rng: source of chance.
 
     Returns:
-        Up to MAX_TURNS questions of one kind, among them those of HARMLESS_KINDS; never none.
+        Up to MAX_TURNS questions of one kind, among them those of HARMLESS_KINDS; none where
+        the scene allows none.
     """
     allowed = {question.kind for question in questions}
     possible = [kind for kind in kinds if kind in allowed]

@@ -15,6 +15,7 @@ DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
 # Where nearly all that is seen moves, what tells a direction stands out.
 MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
 MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
+ONE_MOVES = Difficulty(shapes=(1,), timed=False, move=1.0, change=0.0, needle=0.0, durations=(5, 8))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Stage:
         trainable_parts: what learns; see `VideoSFTConfig`.
         prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
         pictures: whether rows are single frames with a description instead of videos.
+        num_frames: frames per video; None for those of the model.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Stage:
     trainable_parts: tuple[str, ...] = ("connector", "language_model")
     prepare_model: str | None = None
     pictures: bool = False
+    num_frames: int | None = None
 
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
@@ -71,6 +74,25 @@ STAGES = (
 ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0, trainable_parts=("connector",))
 PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
 FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
+# Towers that see single frames tell no direction: it has to be read off places, and is learned from few frames with
+# nothing else in them; more frames and shapes follow once it can be read.
+CLIPS = (
+    Stage(
+        "6a-clips",
+        16_000,
+        1e-3,
+        "constant_with_warmup",
+        20,
+        ONE_MOVES,
+        0.2,
+        0.1,
+        0.5,
+        0.0,
+        ("direction",),
+        num_frames=4,
+    ),
+    replace(STAGES[5], name="6b-longer-clips", num_videos=3_200, num_frames=8),
+)
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
 EVERYTHING = ("connector", "language_model", "vision_tower")

@@ -45,7 +45,7 @@ from longvideo.tiny_training.conversations import (
 )
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
-from longvideo.tiny_training.stages import ALIGN, BATCH_SIZE, FULL, PICTURES, STAGES, Stage, scale_stage
+from longvideo.tiny_training.stages import ALIGN, BATCH_SIZE, CLIPS, FULL, PICTURES, STAGES, Stage, scale_stage
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.sft_config import VideoSFTConfig
@@ -59,7 +59,8 @@ def stages_of(spec: TinyModel) -> tuple[Any, ...]:
     """Lists the stages of a model: its own, or ours, which are others where its decoder was trained before."""
     if spec.stages or not spec.decoder:
         return spec.stages or STAGES
-    return (ALIGN, *([PICTURES] if spec.pictures_first else []), FULL, *STAGES[-3:])
+    questions, *last = STAGES[-3:]
+    return (ALIGN, *([PICTURES] if spec.pictures_first else []), FULL, questions, *CLIPS, *last)
 
 
 class CorpusConversations(Dataset):
@@ -83,7 +84,8 @@ class CorpusConversations(Dataset):
         scene = make_scene(seed, "train", difficulty=self.stage.difficulty)
         if self.stage.pictures:
             return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
-        frames = render_frames(scene, sample_times(scene.duration, self.num_frames), self.size)
+        times = sample_times(scene.duration, self.stage.num_frames or self.num_frames)
+        frames = render_frames(scene, times, self.size)
         rng = random.Random(f"conversation {seed}")
         # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
         batch_rng = random.Random(f"batch {seed // BATCH_SIZE}")
@@ -95,10 +97,11 @@ class CorpusConversations(Dataset):
         if form < self.stage.captions + self.stage.events:
             turn = (EVENTS_REQUEST + addition, list_events(scene, shape_first=shape_first))
             return {"messages": conversation(frames, scene.duration, [turn])}
+        chosen = choose_questions(all_questions(scene), self.stage.kinds, rng)
         turns = [
             (q.multiple_choice, q.letter) if rng.random() < self.stage.letters else (q.question, q.answer)
-            for q in choose_questions(all_questions(scene), self.stage.kinds, rng)
-        ]
+            for q in chosen
+        ] or [(EVENTS_REQUEST, list_events(scene))]
         # People write no space before a question mark; the corpus does.
         turns = [(tidy(text), answer) if rng.random() < 0.5 else (text, answer) for text, answer in turns]
         return {"messages": conversation(frames, scene.duration, turns)}
