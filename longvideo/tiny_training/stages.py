@@ -16,6 +16,7 @@ DRILL = Difficulty(shapes=(1, 2, 2, 3), needle=0.8, move=0.8)
 MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
 MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
 ONE_MOVES = Difficulty(shapes=(1,), timed=False, move=1.0, change=0.0, needle=0.0, durations=(5, 8))
+TWO_MOVE = replace(ONE_MOVES, shapes=(1, 2, 2))
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,12 @@ ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0
 PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
 FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
 # Towers that see single frames tell no direction: it has to be read off places, and is learned from few frames with
-# nothing else in them; more frames and shapes follow once it can be read.
+# nothing else in them, then of the shape that was named; whole videos follow once it can be read.
+CLIP = Stage("6a-clips", 16_000, 1e-3, "constant_with_warmup", 20, ONE_MOVES, 0.2, 0.1, 0.5, 0.0, num_frames=4)
 CLIPS = (
-    Stage(
-        "6a-clips",
-        16_000,
-        1e-3,
-        "constant_with_warmup",
-        20,
-        ONE_MOVES,
-        0.2,
-        0.1,
-        0.5,
-        0.0,
-        ("direction",),
-        num_frames=4,
-    ),
-    replace(STAGES[5], name="6b-longer-clips", num_videos=3_200, num_frames=8),
+    replace(CLIP, kinds=("direction",)),
+    replace(CLIP, name="6b-two-move", num_videos=12_800, difficulty=TWO_MOVE, kinds=("direction",) * 5 + ("colour",)),
+    replace(STAGES[5], name="6c-moving", num_videos=4_800),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.

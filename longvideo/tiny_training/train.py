@@ -59,8 +59,9 @@ def stages_of(spec: TinyModel) -> tuple[Any, ...]:
     """Lists the stages of a model: its own, or ours, which are others where its decoder was trained before."""
     if spec.stages or not spec.decoder:
         return spec.stages or STAGES
-    questions, *last = STAGES[-3:]
-    return (ALIGN, *([PICTURES] if spec.pictures_first else []), FULL, questions, *CLIPS, *last)
+    pictures = [PICTURES] if spec.pictures_first else []
+    questions, _, finish = STAGES[-3:]
+    return (ALIGN, *pictures, FULL, questions, *CLIPS, finish)
 
 
 class CorpusConversations(Dataset):
