@@ -1,7 +1,8 @@
 """Training on video: `VideoSFTTrainer`, its arguments and its collator."""
 
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
-from longvideo.trainers.sft_config import VideoSFTConfig, load_recipe, part_of
+from longvideo.trainers.recipe import find_stage, load_recipe, recipe_names
+from longvideo.trainers.sft_config import VideoSFTConfig, part_of
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint, set_trainable_parts
 
 __all__ = [
@@ -11,8 +12,10 @@ __all__ = [
     "VideoSFTTrainer",
     "check_batch",
     "find_last_checkpoint",
+    "find_stage",
     "load_recipe",
     "normalize_messages",
     "part_of",
+    "recipe_names",
     "set_trainable_parts",
 ]

@@ -1,10 +1,11 @@
 """Arguments of supervised finetuning on video."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
+
+from longvideo.trainers.recipe import find_stage
 
 # Public module names of every model here: first name on the way to a parameter that is listed decides its part.
 PART_MODULES: dict[str, tuple[str, ...]] = {
@@ -26,7 +27,6 @@ SUB_PARTS: dict[str, tuple[str, ...]] = {
     "t2v": ("t2v", "t2v_gate"),
     "v2v": ("v2v", "v2v_gate", "query_norm"),
 }
-RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
 def sub_part_of(parameter_name: str) -> str | None:
@@ -176,8 +176,8 @@ class VideoSFTConfig(TrainingArguments):
         """Build the arguments of one stage of a recipe file.
 
         Args:
-            recipe: Name of a file in `trainers/recipes` without its ending, or a path to a yaml file.
-            stage: Key of the stage, or its 1-based number in the order of the file.
+            recipe: Architecture, as a folder of `trainers/recipes` is named, or a path (see `load_recipe`).
+            stage: Name of the stage, or its 1-based number.
             output_dir: Where checkpoints go.
             **overrides: Arguments that replace the recipe's.
 
@@ -188,38 +188,5 @@ class VideoSFTConfig(TrainingArguments):
             FileNotFoundError: No such recipe.
             ValueError: No such stage.
         """
-        stages = load_recipe(recipe)["stages"]
-        names = list(stages)
-        name = names[stage - 1] if isinstance(stage, int) and 1 <= stage <= len(names) else stage
-        if name not in stages:
-            raise ValueError(
-                f"Recipe {recipe!r} has no stage {stage!r}; it has {names} (or numbers 1 to {len(names)})."
-            )
-        return cls(**{"output_dir": output_dir, **stages[name]["args"], **overrides})
-
-
-def load_recipe(recipe: str) -> dict[str, Any]:
-    """Read a recipe file.
-
-    Args:
-        recipe: Name of a file in `trainers/recipes` without its ending, or a path to a yaml file.
-
-    Returns:
-        Its contents: `stages`, a dict whose entries have `args` (fields of `VideoSFTConfig`) and notes.
-
-    Raises:
-        FileNotFoundError: No such recipe; the text lists those that exist.
-        ValueError: The file has no `stages`.
-    """
-    import yaml
-
-    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else RECIPES_DIR / f"{recipe}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in RECIPES_DIR.glob("*.yaml"))
-        raise FileNotFoundError(
-            f"No recipe {recipe!r}: {path.name} does not exist. Known: {known}, or give a .yaml path."
-        )
-    contents = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(contents, dict) or not isinstance(contents.get("stages"), dict):
-        raise ValueError(f"{path.name} is no recipe: expected a mapping with `stages`.")
-    return contents
+        _, entry = find_stage(recipe, stage)
+        return cls(**{"output_dir": output_dir, **entry["args"], **overrides})
