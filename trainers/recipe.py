@@ -64,11 +64,11 @@ def find_stage(recipe: str, stage: str | int | None = None) -> tuple[str, dict[s
         ValueError: No such stage, none chosen out of several, or two that contradict each other.
     """
     name = recipe
-    if not recipe.endswith(ENDINGS) and recipe.split("/")[0] in recipe_names() and "/" in recipe:
-        name, _, inside = recipe.partition("/")
+    first, _, inside = recipe.partition("/")
+    if inside and not recipe.endswith(ENDINGS) and (first in recipe_names() or not Path(recipe).expanduser().is_dir()):
         if stage is not None:
-            raise ValueError(f"Recipe {recipe!r} names a stage already; leave stage {stage!r} out, or give {name!r}.")
-        stage = inside
+            raise ValueError(f"Recipe {recipe!r} names a stage already; leave stage {stage!r} out, or give {first!r}.")
+        name, stage = first, inside
     stages = load_recipe(name)["stages"]
     names = list(stages)
     if stage is None and len(names) == 1:
@@ -84,9 +84,10 @@ def find_stage(recipe: str, stage: str | int | None = None) -> tuple[str, dict[s
 
 def _path_of(recipe: str) -> Path:
     # The package's own names come first: a folder that happens to be called so must not stand in their way.
-    if recipe in recipe_names() or not (recipe.endswith(ENDINGS) or Path(recipe).expanduser().is_dir()):
-        return RECIPES_DIR / recipe
-    return Path(recipe).expanduser()
+    path = Path(recipe).expanduser()
+    if recipe and recipe not in recipe_names() and (recipe.endswith(ENDINGS) or path.is_dir()):
+        return path
+    return RECIPES_DIR / recipe
 
 
 def _read_stage(path: Path) -> dict[str, Any]:
