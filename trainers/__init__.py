@@ -1,5 +1,6 @@
 """Training on video: `VideoSFTTrainer`, its arguments and its collator."""
 
+from longvideo.trainers.adapters import check_adapter, load_adapter, lora_config
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
 from longvideo.trainers.recipe import find_stage, load_recipe, recipe_names
 from longvideo.trainers.sft_config import VideoSFTConfig, part_of
@@ -10,10 +11,13 @@ __all__ = [
     "VideoSFTCollator",
     "VideoSFTConfig",
     "VideoSFTTrainer",
+    "check_adapter",
     "check_batch",
     "find_last_checkpoint",
     "find_stage",
+    "load_adapter",
     "load_recipe",
+    "lora_config",
     "normalize_messages",
     "part_of",
     "recipe_names",
