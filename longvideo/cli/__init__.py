@@ -9,8 +9,10 @@ from importlib import import_module
 # Name -> (module in this folder, one line of help): fixed, so that `longvideo --help` imports no command.
 COMMANDS = {
     "ask": ("ask", "ask a question about a video"),
+    "data": ("data", "check rows for training, or turn them from one format into another"),
     "convert": ("convert", "turn an original checkpoint into a Transformers folder, or back"),
     "estimate": ("estimate", "tokens, memory and FLOPs of a question, before anything is loaded"),
+    "train": ("train", "fine-tune a model with the recipe of a training stage"),
     "doctor": ("doctor", "what is installed, what is missing, which decoder and attention are used"),
     "card": ("card", "write the model card of a checkpoint folder"),
     "export-shim": ("export_shim", "write the thin remote-code file for a Hub repository"),
