@@ -65,6 +65,22 @@ def coordinate_targets(
     return Bins(low, high, fraction)
 
 
+def coordinate_log_probs(logits_LV: torch.Tensor, target: Bins) -> torch.Tensor:
+    """Log-likelihoods of targets of at most two columns each.
+
+    Args:
+        logits_LV: (L, V) rows of labelled positions, one column per token.
+        target: what `coordinate_targets` gives, (L,) each.
+
+    Returns:
+        (L,) float32.
+    """
+    logits_LV = logits_LV.float()
+    # (1 - f) log p_low + f log p_high = log p_low - f (z_low - z_high).
+    difference = logits_LV.gather(1, target.low[:, None]) - logits_LV.gather(1, target.high[:, None])
+    return -F.cross_entropy(logits_LV, target.low, reduction="none") - target.fraction * difference[:, 0]
+
+
 def coordinate_cross_entropy(
     logits_BSV: torch.Tensor,
     labels_BS: torch.Tensor,
@@ -130,10 +146,7 @@ def coordinate_cross_entropy(
         column_starts=column_starts,
         soft=soft,
     )
-    logits_LV = logits_BSV[mask_BS].float()
-    # -(1 - f) log p_low - f log p_high = cross entropy of low + f (z_low - z_high).
-    difference = logits_LV.gather(1, target.low[:, None]) - logits_LV.gather(1, target.high[:, None])
-    loss_L = F.cross_entropy(logits_LV, target.low, reduction="none") + target.fraction * difference[:, 0]
+    loss_L = -coordinate_log_probs(logits_BSV[mask_BS], target)
     if reduction == "token_mean":
         count = max(len(loss_L), 1) if num_items_in_batch is None else num_items_in_batch
         return loss_L.sum() / (count.to(loss_L.device) if isinstance(count, torch.Tensor) else count)

@@ -21,7 +21,11 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
-from longvideo.modeling.llava_st.coordinate_loss_llava_st import coordinate_cross_entropy
+from longvideo.modeling.llava_st.coordinate_loss_llava_st import (
+    coordinate_cross_entropy,
+    coordinate_log_probs,
+    coordinate_targets,
+)
 from longvideo.modeling.llava_st.coordinates_llava_st import inject_coordinates, join_coordinate_logits
 from longvideo.modeling.llava_st.encoded_video_llava_st import LlavaSTEncodedVideo
 from longvideo.modeling.llava_st.generation_llava_st import LlavaSTGenerationMixin
@@ -351,6 +355,33 @@ class LlavaSTForConditionalGeneration(LlavaSTLayoutMixin, LlavaSTPreTrainedModel
         columns = torch.arange(start, start + len(addition), device=logits.device)
         added = F.linear(hidden_states, addition.to(hidden_states.device))
         return logits.index_add(-1, columns, added.to(logits.dtype))
+
+    def label_log_probs(
+        self, logits: torch.Tensor, labels: torch.Tensor, coordinate_values: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Returns log-likelihoods of labels; coordinates spread over the two nearest tokens, as in the loss.
+
+        Args:
+            logits: (L, tokens) at the positions that predict the labels.
+            labels: (L,) token ids, none of them masked.
+            coordinate_values: (L,) value of every output template among the labels.
+
+        Returns:
+            (L,) float32.
+
+        Raises:
+            ValueError: output templates without values.
+        """
+        config = self.config
+        axes = {"output_ids_of_axes": (), "num_rows": (), "column_starts": ()}
+        if config.num_coordinate_tokens:
+            axes = {
+                "output_ids_of_axes": config.output_template_ids,
+                "num_rows": config.coordinate_sizes,
+                "column_starts": config.coordinate_starts,
+            }
+        soft = config.soft_coordinate_targets
+        return coordinate_log_probs(logits, coordinate_targets(labels, coordinate_values, **axes, soft=soft))
 
     def _compute_loss(
         self, logits: torch.Tensor, labels: torch.Tensor, coordinate_values: torch.Tensor | None, **kwargs

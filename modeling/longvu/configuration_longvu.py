@@ -95,6 +95,8 @@ class LongVUConfig(PreTrainedConfig):
         frame_pos_rule: "original" (odd columns hold the cosine of the sine) or "paper" (the cosine).
         context_length: positions that visual, text and new tokens may take together.
         inference_max_length: positions reserved for new tokens when nothing else is said.
+        query_without_answer: whether labelled tokens are left out of the query that chooses frames; otherwise a query
+            of training holds the answer, as in the original.
         image_newline: whether a learned token ends each row of a grid.
         low_grid_images: whether images come at low resolution where `highres` is set, as in the releases.
         original_behaviour: turns on every behaviour of the original code below that is None. Together they reproduce
@@ -150,6 +152,7 @@ class LongVUConfig(PreTrainedConfig):
     frame_pos_rule: str = "original"
     context_length: int = 8192
     inference_max_length: int = 16
+    query_without_answer: bool = False
     image_newline: bool = True
     low_grid_images: bool = True
     original_behaviour: bool = False

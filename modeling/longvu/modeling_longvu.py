@@ -33,7 +33,7 @@ from longvideo.modeling.longvu.generation_longvu import (
     split_mask,
 )
 from longvideo.modeling.longvu.insertion_longvu import LongVUSelection, reduction_limit
-from longvideo.modeling.longvu.prompt_longvu import LongVUPromptMixin
+from longvideo.modeling.longvu.prompt_longvu import LongVUPromptMixin, PromptMarks
 from longvideo.modeling.longvu.sva_longvu import LongVUSamplerLayer, LongVUVisionTokenSampler
 from longvideo.modeling.longvu.vision_longvu import (
     LongVUDinov2Embeddings,
@@ -253,6 +253,8 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
         image_sizes: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, ModelOutput] | None = None,
         carried_labels: torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        answer_room: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LongVUModelOutput:
@@ -273,6 +275,9 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             image_sizes: see `get_image_features`.
             mm_encoder_outputs: features encoded before, `{"video": ..., "image": ...}`.
             carried_labels: (B, S), returned as `labels` with -100 on visual tokens.
+            prompt_mask: (B, S), 1 for tokens of the prompt, which then alone decides what is seen of the visuals, as
+                in generation; None lets all text decide, answers included, as the original does in training.
+            answer_room: (B,) positions kept free behind the prompt, at least the answer's; None for these.
             use_cache: whether a cache is returned.
             **kwargs: passed to the decoder.
 
@@ -296,10 +301,11 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             image_sizes,
             mm_encoder_outputs,
         )
+        prompts = None if prompt_mask is None else PromptMarks(prompt_mask, answer_room)
         mask, selections = None, pending_selections(past_key_values, num_cached)
         if inputs or (num_cached == 0 and self._has_placeholders(input_ids)):
             inserted, selections = self._insert_behind_cache(
-                input_ids, inputs_embeds, inputs, past_key_values, attention_mask, carried_labels
+                input_ids, inputs_embeds, inputs, past_key_values, attention_mask, carried_labels, prompts
             )
             inputs_embeds, carried_labels = inserted.inputs_embeds, inserted.labels
             mask = attention_mask = inserted.attention_mask
@@ -335,6 +341,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
         cache: Cache | None,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
+        prompts: PromptMarks | None = None,
     ) -> tuple[InsertedSequence, tuple[LongVUSelection, ...]]:
         """Puts visual tokens into the prompt and notes its sizes on the cache.
 
@@ -350,6 +357,7 @@ class LongVUModel(LongVUVisionMixin, LongVUPromptMixin, LongVUPreTrainedModel):
             inputs,
             attention_mask=mask,
             labels=labels,
+            prompts=prompts,
             num_cached=num_cached,
             cached_mask=cached_mask,
         )

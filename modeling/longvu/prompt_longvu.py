@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence in ids, S' sequence with visual tokens, L text tokens of a question, D language width.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from longvideo.modeling.layers.placeholders import InsertedSequence, find_placeholders, insert_features
@@ -17,6 +19,22 @@ from longvideo.modeling.longvu.insertion_longvu import (
     row_budget,
 )
 from longvideo.modeling.longvu.vision_longvu import VisualInputs, check_pixels, read_sizes
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class PromptMarks:
+    """Where the prompts of a batch lie, so that answers behind them choose nothing of what is seen.
+
+    Args:
+        mask: (B, S) bool, True for tokens of the prompt.
+        room: (B,) int64 positions that are kept free for the answer, at least those that it has; None for these alone.
+            Answers to one prompt that shall see the same need the same room.
+    """
+
+    mask: torch.Tensor
+    room: torch.Tensor | None = None
 
 
 class LongVUPromptMixin:
@@ -107,17 +125,27 @@ class LongVUPromptMixin:
         keep_BS: torch.Tensor | None,
         cached_B: list[int],
         reserve: int,
+        labels: torch.Tensor | None = None,
+        prompts: PromptMarks | None = None,
     ) -> list[TextRow]:
-        """Counts and embeds the text of each sample."""
+        """Counts and embeds the text of each sample, or of its prompt alone where that is marked."""
         texts = []
         keep_BS = torch.ones_like(visual_BS) if keep_BS is None else keep_BS
         for row, (visual_S, keep_S) in enumerate(zip(visual_BS, keep_BS, strict=True)):
             text_S = keep_S & ~visual_S
+            free = reserve
+            if prompts is not None:
+                prompt_S = prompts.mask[row].bool()
+                num_answer = int((text_S & ~prompt_S).sum())
+                free = max(reserve, num_answer if prompts.room is None else int(prompts.room[row]), num_answer)
+                text_S, keep_S = text_S & prompt_S, keep_S & prompt_S
             num_text = cached_B[row] + int(text_S.sum())
             counted = num_text
             if self.config.behaves("count_to_pad_id") and input_ids is not None:
                 # Left padding is ours: the original pads on the right.
                 ids = input_ids[row][int((keep_S | visual_S).int().argmax()) :]
+                if prompts is not None:
+                    ids = ids[: int((keep_S | visual_S).sum())]
                 pad_id = PAD_IDS["llama" if "llama" in self.config.text_config.model_type else "qwen2"]
                 ends = (ids == pad_id).nonzero()[:, 0]
                 counted = cached_B[row] + (int(ends[0]) if len(ends) else len(ids))
@@ -126,8 +154,10 @@ class LongVUPromptMixin:
             after = text_S.clone()
             if visual_S.any():
                 after[: int(visual_S.nonzero()[-1, 0])] = False
+            if self.config.query_without_answer and labels is not None:
+                after = after & (labels[row] == IGNORE_INDEX)
             query = inputs_embeds[row][after if after.any() else text_S].detach()
-            texts.append(TextRow(num_text, counted, query, reserve, row))
+            texts.append(TextRow(num_text, counted, query, free, row))
         return texts
 
     def insert_visuals(
@@ -138,6 +168,7 @@ class LongVUPromptMixin:
         *,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        prompts: PromptMarks | None = None,
         num_cached: int = 0,
         cached_mask: torch.Tensor | None = None,
         num_new_tokens: int | None = None,
@@ -151,6 +182,7 @@ class LongVUPromptMixin:
             inputs: pixels or features.
             attention_mask: (B, S), 0 on padding.
             labels: (B, S).
+            prompts: where the prompts lie, if they alone decide what is seen.
             num_cached: positions in the cache before these ids.
             cached_mask: (B, num_cached) their mask; None for no padding among them.
             num_new_tokens: positions to leave free; None, and always with `fixed_reserve`, the configured
@@ -177,7 +209,7 @@ class LongVUPromptMixin:
         if num_new_tokens is not None and not config.behaves("fixed_reserve"):
             reserve = num_new_tokens
         rows, waiting = self._match_visuals(masks, inputs)
-        texts = self._read_texts(input_ids, inputs_embeds, visual_BS, keep_BS, cached_B, reserve)
+        texts = self._read_texts(input_ids, inputs_embeds, visual_BS, keep_BS, cached_B, reserve, labels, prompts)
         self._encode_waiting(rows, texts, waiting)
         features, selections = render_rows(self._renderer(), rows, texts)
         if padding_side is None:
