@@ -15,6 +15,8 @@ BLOCK_OPTIONS = {
     "max_frames": "max_frames",
     "video_start": "start",
     "video_end": "end",
+    "start": "start",
+    "end": "end",
     "timestamps": "timestamps",
     "duration": "duration",
     "video_metadata": "metadata",
@@ -31,7 +33,7 @@ def prepare_conversation(conversation: Any) -> tuple[Any, list[dict[str, Any]]]:
         The copy, and one mapping of options per video in order.
 
     Raises:
-        ValueError: The conversation is empty, or a video block names no video or several.
+        ValueError: The conversation is empty, or a video block names no video or several, or a range of frames.
     """
     if not isinstance(conversation, list | tuple) or not conversation:
         raise ValueError(
@@ -55,6 +57,12 @@ def prepare_conversation(conversation: Any) -> tuple[Any, list[dict[str, Any]]]:
             raise ValueError(
                 f"A video block needs exactly one of 'video', 'url' and 'path', got {keys or 'none of them'}. "
                 "Write one block per video."
+            )
+        # LLaVA-ST takes the frame ranges out before; for the others they would be lost without a word.
+        if block.get("split") is not None:
+            raise ValueError(
+                f"A video block has split={block['split']!r} (frames), which this model does not read. Give start and "
+                "end in seconds."
             )
         options.append({target: block[key] for key, target in BLOCK_OPTIONS.items() if block.get(key) is not None})
         return {"type": "video", keys[0]: plain_video(block[keys[0]])}

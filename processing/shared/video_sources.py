@@ -19,15 +19,15 @@ VideoSource = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 def is_remote(source: object) -> bool:
-    """Say whether a source is an http(s) address.
+    """Say whether a source must be fetched first: an http(s) address, or a data URI, which holds a file as text.
 
     Args:
         source: Anything a caller passed as a video.
 
     Returns:
-        True for strings that begin with http:// or https://.
+        True for strings that begin with http://, https:// or data:.
     """
-    return isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+    return isinstance(source, str) and source[:8].lower().startswith(("http://", "https://", "data:"))
 
 
 def local_path(source: str | os.PathLike) -> Path:
@@ -52,10 +52,10 @@ def local_path(source: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def downloaded(address: str, *, timeout: float = 30.0) -> Iterator[Path]:
-    """Download an http(s) address to a temporary file that is removed afterwards.
+    """Fetch an http(s) address or a data URI to a temporary file that is removed afterwards.
 
     Args:
-        address: The http(s) address.
+        address: The http(s) address, or `data:video/mp4;base64,...`.
         timeout: Seconds without an answer before giving up.
 
     Yields:
@@ -64,26 +64,37 @@ def downloaded(address: str, *, timeout: float = 30.0) -> Iterator[Path]:
     Raises:
         OSError: The address does not answer, answers with an error, or the connection ends early.
     """
-    suffix = Path(unquote(urlparse(address).path)).suffix[:10]
-    handle, name = tempfile.mkstemp(prefix="longvideo_", suffix=suffix)
+    if address[:5].lower() == "data:":
+        # The kind of the file stands in front: data:video/mp4;base64,...
+        suffix, shown = "." + re.split("[;,]", address[:64], maxsplit=1)[0].rpartition("/")[2], f"{address[:40]}..."
+    else:
+        suffix, shown = Path(unquote(urlparse(address).path)).suffix, address
+    handle, name = tempfile.mkstemp(prefix="longvideo_", suffix=suffix[:10])
     try:
         with os.fdopen(handle, "wb") as file:
             request = urllib.request.Request(address, headers={"User-Agent": "longvideo"})
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with _opened(request, timeout) as answer:
                 shutil.copyfileobj(answer, file)
                 expected = answer.headers.get("Content-Length")
                 received = file.tell()
         if expected is not None and received != int(expected):
-            raise OSError(f"The download of {address} ended after {received} of {expected} bytes. Try again.")
+            raise OSError(f"The download of {shown} ended after {received} of {expected} bytes. Try again.")
         yield Path(name)
     except urllib.error.HTTPError as error:
-        raise OSError(f"The video {address} could not be downloaded: the server said {error.code}.") from error
+        raise OSError(f"The video {shown} could not be downloaded: the server said {error.code}.") from error
     except urllib.error.URLError as error:
-        raise OSError(f"The video {address} could not be downloaded: {error.reason}.") from error
+        raise OSError(f"The video {shown} could not be downloaded: {error.reason}.") from error
     except TimeoutError as error:
-        raise OSError(f"The video {address} could not be downloaded: no answer for {timeout:g} s.") from error
+        raise OSError(f"The video {shown} could not be downloaded: no answer for {timeout:g} s.") from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _opened(request: urllib.request.Request, timeout: float) -> contextlib.AbstractContextManager:
+    try:
+        return urllib.request.urlopen(request, timeout=timeout)
+    except ValueError as error:  # what stands in a data URI is no base64
+        raise OSError(f"The video {request.full_url[:40]}... holds no file: {error}.") from error
 
 
 def list_pictures(folder: Path) -> list[Path]:

@@ -45,7 +45,8 @@ def root_of(*folders: Path | None) -> Callable[[str], str]:
     def find(path: str) -> str:
         if not known or path.lower().startswith("file://") or Path(path).expanduser().is_absolute():
             return path
-        return next((str(folder / path) for folder in known if (folder / path).exists()), str(known[0] / path))
+        found = next((folder for folder in known if (folder / path).exists()), known[0])
+        return str((found / path).absolute())
 
     return find
 
