@@ -40,6 +40,7 @@ class Stage:
         prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
         pictures: whether rows are single frames with a description instead of videos.
         num_frames: frames per video; None for those of the model.
+        mixed: what batches take in place of `difficulty` and `num_frames`, one of these at random; empty for neither.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Stage:
     prepare_model: str | None = None
     pictures: bool = False
     num_frames: int | None = None
+    mixed: tuple[tuple[str | Difficulty, int | None], ...] = ()
 
 
 # Descriptions and lists of events first: a video then gives some fifty words to learn from instead of a few answers.
@@ -76,12 +78,15 @@ ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0
 PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
 FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
 # Towers that see single frames tell no direction: it has to be read off places, and is learned from few frames with
-# nothing else in them, then of the shape that was named; whole videos follow once it can be read.
+# nothing else in them, then of the shape that was named. What was learned so is lost in whole videos alone, and kept
+# where they come among clips.
 CLIP = Stage("6a-clips", 16_000, 1e-3, "constant_with_warmup", 20, ONE_MOVES, 0.2, 0.1, 0.5, 0.0, num_frames=4)
+MIXED = ((TWO_MOVE, 4), (TWO_MOVE, 8), (TWO_MOVE, None), (MOVING, None))
 CLIPS = (
     replace(CLIP, kinds=("direction",)),
     replace(CLIP, name="6b-two-move", num_videos=12_800, difficulty=TWO_MOVE, kinds=("direction",) * 5 + ("colour",)),
-    replace(STAGES[5], name="6c-moving", num_videos=4_800),
+    replace(STAGES[5], name="6c-mixed", num_videos=8_000, mixed=MIXED),
+    replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=(*MIXED[2:], ("full", None), ("full", None))),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.

@@ -60,8 +60,7 @@ def stages_of(spec: TinyModel) -> tuple[Any, ...]:
     if spec.stages or not spec.decoder:
         return spec.stages or STAGES
     pictures = [PICTURES] if spec.pictures_first else []
-    questions, _, finish = STAGES[-3:]
-    return (ALIGN, *pictures, FULL, questions, *CLIPS, finish)
+    return (ALIGN, *pictures, FULL, STAGES[-3], *CLIPS)
 
 
 class CorpusConversations(Dataset):
@@ -82,15 +81,16 @@ class CorpusConversations(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         seed = self.first_seed + index
-        scene = make_scene(seed, "train", difficulty=self.stage.difficulty)
-        if self.stage.pictures:
-            return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
-        times = sample_times(scene.duration, self.stage.num_frames or self.num_frames)
-        frames = render_frames(scene, times, self.size)
-        rng = random.Random(f"conversation {seed}")
-        # Descriptions are long: a batch has them in all rows or in none, so that little is padded.
+        # Descriptions are long: a batch has them in all rows or in none, so that little is padded; so with frames.
         batch_rng = random.Random(f"batch {seed // BATCH_SIZE}")
         form, shape_first = batch_rng.random(), batch_rng.random() < self.stage.shape_first
+        difficulty, num_frames = batch_rng.choice(self.stage.mixed or [(self.stage.difficulty, self.stage.num_frames)])
+        scene = make_scene(seed, "train", difficulty=difficulty)
+        if self.stage.pictures:
+            return {"messages": picture_conversation(scene, self.size, self.stage.shape_first)}
+        times = sample_times(scene.duration, num_frames or self.num_frames)
+        frames = render_frames(scene, times, self.size)
+        rng = random.Random(f"conversation {seed}")
         addition = SHAPE_FIRST if shape_first else ""
         if form < self.stage.captions:
             turn = (CAPTION_REQUEST + addition, describe(scene, shape_first=shape_first))
