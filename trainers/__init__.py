@@ -2,6 +2,7 @@
 
 from longvideo.trainers.adapters import check_adapter, load_adapter, lora_config
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
+from longvideo.trainers.liger import apply_liger
 from longvideo.trainers.recipe import find_stage, load_recipe, recipe_names
 from longvideo.trainers.sft_config import VideoSFTConfig, part_of
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint, set_trainable_parts
@@ -11,6 +12,7 @@ __all__ = [
     "VideoSFTCollator",
     "VideoSFTConfig",
     "VideoSFTTrainer",
+    "apply_liger",
     "check_adapter",
     "check_batch",
     "find_last_checkpoint",

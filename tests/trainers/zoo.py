@@ -59,7 +59,7 @@ def make_model(name: str, **kwargs: Any) -> Any:
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    """Four rows with clips of one or two lengths and answers of unequal length, with coordinates where there are any."""
+    """Four rows: clips of one or two lengths, answers of unequal length, coordinates where there are any."""
     if name.startswith("llava_st"):
         answers = ["{<t0.25><t0.8>}.", "<t0.4>:[<w0><h0><w0.3><h1>]", "Yes.", "No, it is not."]
         names = ("red", "blue", "green", "white")
