@@ -9,15 +9,21 @@ Shape legend: S sequence of one row, F frames of one video.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from longvideo.processing.shared.placeholders import shift_spans
+from longvideo.trainers.bad_media import POLICIES, BadMediaError, BadMediaLog, find_bad_media, spare_rows
+from longvideo.trainers.batch_checks import BatchCounts, BatchFacts, check_batch
+from longvideo.trainers.budgets import RowBudget, limit_frames
+from longvideo.trainers.encoded_features import FeatureStore, StoredVideos
+from longvideo.trainers.label_rules import IGNORE_INDEX, check_label_settings, delimiter_ids
+from longvideo.trainers.message_rows import copy_messages, describe_row, normalize_messages, visual_blocks
 
-IGNORE_INDEX = -100
-_VISUAL_SOURCES = {"video": ("video", "url", "path"), "image": ("image", "url", "path", "base64")}
+__all__ = ["IGNORE_INDEX", "BatchCounts", "VideoSFTCollator", "check_batch", "normalize_messages"]
+
 # What must grow along the sequence axis when rows of different length are put together, and the filling value.
 _SEQUENCE_FILL = {
     "attention_mask": 0,
@@ -26,80 +32,9 @@ _SEQUENCE_FILL = {
     "coordinate_values": 0.0,
     "labels": IGNORE_INDEX,
 }
-_MASKS = ("assistant", "all")
 _BLANK_SIDE = 32  # pixels; the processor brings a black square of any size to the towers' sizes
-# Tokens that the original rules supervise wherever they stand, by the conversation format that a tokenizer knows.
-_CHATML_DELIMITERS = ("\n", "<|im_start|>", "<|im_end|>")
-_LLAMA3_DELIMITERS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "\n\n")
-_LABEL_RULES = {
-    "videochat_flash": (_CHATML_DELIMITERS,),
-    "longvu": (_CHATML_DELIMITERS, _LLAMA3_DELIMITERS),
-    "llava_st": (_CHATML_DELIMITERS,),
-}
-
-
-class BatchCounts(NamedTuple):
-    """What a batch holds: `frames` of all videos, `placeholders` of visuals and `supervised_tokens`."""
-
-    frames: int
-    placeholders: int
-    supervised_tokens: int
-
-
-def check_batch(
-    batch: Mapping[str, Any], *, video_token_id: int | None, image_token_id: int | None = None
-) -> BatchCounts:
-    """Refuse a batch that would train on nothing, or on text whose pixels are missing, and count its contents.
-
-    Args:
-        batch: `input_ids` (B, S), `labels` (B, S), and the pixel tensors, if any.
-        video_token_id: Id of the video placeholder token; None for a model without videos.
-        image_token_id: Id of the image placeholder token; None for a model without images.
-
-    Returns:
-        The counts of the batch.
-
-    Raises:
-        ValueError: All labels are -100 (the loss would be undefined), placeholders came without pixels (the model
-            would learn from placeholder embeddings), or pixels came without placeholders (they would be ignored).
-    """
-    input_ids = batch["input_ids"]
-    video_id, image_id = (-1 if token_id is None else token_id for token_id in (video_token_id, image_token_id))
-    # One transfer for all counts: every separate .item() would wait for the device.
-    num_video, num_image, num_supervised = torch.stack(
-        [(input_ids == video_id).sum(), (input_ids == image_id).sum(), (batch["labels"] != IGNORE_INDEX).sum()]
-    ).tolist()
-    if num_supervised == 0:
-        raise ValueError(
-            f"The batch has no supervised token: all {batch['labels'].numel()} labels are {IGNORE_INDEX}, so its loss "
-            "is undefined. Give every row an assistant answer, and a max_length that does not cut the answers off."
-        )
-    if batch.get("mm_encoder_outputs") is None:
-        for kind, key, count, token_id in (
-            ("video", "pixel_values_videos", num_video, video_token_id),
-            ("image", "pixel_values", num_image, image_token_id),
-        ):
-            _check_placeholders(kind, key, pixels=batch.get(key), num_placeholders=count, token_id=token_id)
-    pixels = batch.get("pixel_values_videos")
-    num_frames = 0 if pixels is None else pixels.shape[:-3].numel()
-    return BatchCounts(frames=num_frames, placeholders=num_video + num_image, supervised_tokens=num_supervised)
-
-
-def _check_placeholders(
-    kind: str, key: str, *, pixels: torch.Tensor | None, num_placeholders: int, token_id: int | None
-) -> None:
-    if num_placeholders and pixels is None:
-        raise ValueError(
-            f"The batch has {num_placeholders} {kind} placeholder tokens (id {token_id}) in input_ids but no `{key}`. "
-            f"Put the {kind} into the {kind} block of the message (a path, or frames), and keep `{key}` in the batch: "
-            "a collator that tokenizes the text alone loses it."
-        )
-    if pixels is not None and not num_placeholders:
-        raise ValueError(
-            f"The batch brings `{key}` of shape {tuple(pixels.shape)} but input_ids hold no {kind} placeholder token "
-            f"(id {token_id}). Give the {kind} as a block of a message, so that the chat template writes its "
-            "placeholder, and do not truncate it away."
-        )
+# Reading again with fewer frames settles at once; what stands beside the placeholders may add a few tokens.
+_MOST_READS = 6
 
 
 class VideoSFTCollator:
@@ -107,8 +42,12 @@ class VideoSFTCollator:
 
     Args:
         processor: Processor with a chat template, `apply_chat_template` and a fast tokenizer.
-        max_length: Most tokens of a row, visual placeholders included; longer rows are cut on the right, which is
-            an error when the cut would hit a visual span or leave no supervised token. None never cuts.
+        max_length: Most tokens of a row, visual placeholders included. Of videos in longer rows fewer frames are
+            read, evenly spread; text and visual spans are never cut, so a row whose text alone is too long is an
+            error. For a model that puts visual tokens in place of one placeholder this counts the text; the model
+            fits the rest into its context. None for no limit.
+        max_frames_per_row: Most frames of a row, all its videos together; more are thinned out evenly. None for no
+            limit.
         mask: "assistant" supervises the text of every assistant turn and its end token; "all" every token that is
             neither padding nor a visual placeholder.
         label_rule: None, or "videochat_flash" / "longvu" / "llava_st" for the labels of the original training code:
@@ -120,16 +59,26 @@ class VideoSFTCollator:
         chat_template: Template to use in place of the processor's own.
         processor_kwargs: Passed to the processor for every row, for example `{"max_frames": 64}`.
         pad_to_multiple_of: Round the padded length up to a multiple of this many tokens.
+        on_bad_video: "raise", or "skip" to leave out rows with a video or image that cannot be read; they are counted
+            and reported, and a batch of such rows alone takes others in their place.
+        bad_videos: Counts and reports rows that are left out; None for one without a file.
+        spare_rows: Rows to take in place of a batch of which none can be read, as the dataset itself.
+        encoded_features: Store of encoded videos (see `FeatureStore`); then batches hold `encoded_videos`, entries
+            with features or with the pixels to make them of, in place of pixels. None for pixels.
+        with_facts: Whether batches hold `batch_facts` beside their tensors: names of the rows and the number of those
+            left out. `VideoSFTTrainer` asks for it.
 
     Raises:
-        ValueError: Unknown `mask` or `label_rule`, or a tokenizer without the tokens that the rule names.
+        ValueError: Unknown `mask`, `label_rule` or `on_bad_video`, a limit below 1, or a tokenizer without the tokens
+            that the rule names.
 
     Source: VideoChat-Flash training code, `preprocess_qwen` (for `label_rule="videochat_flash"`); LongVU training
     code, the same and `preprocess_llama3` (for `label_rule="longvu"`); LLaVA-ST training code, the same as the first
     (for `label_rule="llava_st"`).
     Differs: the originals hard-code 198 for the newline; here the tokenizer is asked, which is 198 for Qwen2. LongVU's
     further embeddings of token 0 behind the visual tokens are not made, and a text shorter than
-    `blank_image_position` gets its image behind its last token instead of inside the padding.
+    `blank_image_position` gets its image behind its last token instead of inside the padding. The originals cut rows
+    at their longest sequence.
     """
 
     def __init__(
@@ -143,19 +92,29 @@ class VideoSFTCollator:
         processor_kwargs: Mapping[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
         blank_image_position: int | None = None,
+        max_frames_per_row: int | None = None,
+        on_bad_video: str = "raise",
+        bad_videos: BadMediaLog | None = None,
+        spare_rows: Sequence[Mapping[str, Any]] | None = None,
+        encoded_features: FeatureStore | None = None,
+        with_facts: bool = False,
     ) -> None:
-        if mask not in _MASKS:
-            raise ValueError(f"mask={mask!r} is unknown; use one of {_MASKS}.")
-        if label_rule is not None and label_rule not in _LABEL_RULES:
-            raise ValueError(f"label_rule={label_rule!r} is unknown; use None or one of {tuple(_LABEL_RULES)}.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length} must be at least 1 token, or None for no limit.")
+        check_label_settings(mask, label_rule)
+        if on_bad_video not in POLICIES:
+            raise ValueError(f"on_bad_video={on_bad_video!r} is unknown; use one of {POLICIES}.")
         self.processor = processor
         self.max_length = max_length
         self.mask = mask
         self.label_rule = label_rule
         self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})
+        self.max_frames_per_row = max_frames_per_row
+        self.on_bad_video, self.spare_rows, self.with_facts = on_bad_video, spare_rows, with_facts
+        self.bad_videos = BadMediaLog() if bad_videos is None else bad_videos
+        self.encoded_features = encoded_features
+        self._budget = RowBudget(
+            processor, max_length=max_length, max_frames=max_frames_per_row, call=self.processor_kwargs
+        )
         self.pad_to_multiple_of = pad_to_multiple_of
         self.video_token_id = getattr(processor, "video_token_id", None)
         self.image_token_id = getattr(processor, "image_token_id", None)
@@ -172,7 +131,7 @@ class VideoSFTCollator:
                 "must know images."
             )
         self.blank_image_position = blank_image_position
-        self._always_supervised = [] if label_rule is None else self._delimiter_ids(_LABEL_RULES[label_rule])
+        self._always_supervised = delimiter_ids(label_rule, processor.tokenizer)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate rows.
@@ -188,32 +147,69 @@ class VideoSFTCollator:
             coordinates in the text `coordinate_values` (B, S).
 
         Raises:
-            ValueError: A row without messages or answer, or one that `max_length` would cut wrongly; the text names
-                the row.
+            BadMediaError: A video or image cannot be read, and `on_bad_video` is "raise".
+            ValueError: A row without messages or answer, one that `max_length` has no room for, or no row that can be
+                read; the text names the row.
         """
-        encoded = [self._encode_row(row, _describe_row(row, position)) for position, row in enumerate(rows)]
-        batch = self._pad_sequences(encoded)
+        names, encoded, num_skipped = self._encode_rows(rows)
+        batch: dict[str, Any] = self._pad_sequences(encoded)
         batch.update(_concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
-        check_batch(batch, video_token_id=self.video_token_id, image_token_id=self.image_token_id)
+        entries = [entry for row in encoded for entry in row.get("encoded_videos", ())]
+        if entries:
+            batch["encoded_videos"] = entries
+        facts = BatchFacts(tuple(names), num_skipped)
+        check_batch(
+            {**batch, "batch_facts": facts}, video_token_id=self.video_token_id, image_token_id=self.image_token_id
+        )
+        if self.with_facts:
+            batch["batch_facts"] = facts
         return batch
 
-    def _encode_row(self, row: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
+    def _encode_rows(self, rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[dict[str, torch.Tensor]], int]:
+        """Returns names and contents of the rows that can be read, and how many cannot."""
+        kept = [(row, describe_row(row, position)) for position, row in enumerate(rows)]
+        encoded, bad = [], []
+        for row, where in kept:
+            try:
+                encoded.append((row, where, self._encode_row(row, where)))
+            except BadMediaError as error:
+                if self.on_bad_video == "raise":
+                    raise
+                self.bad_videos.add(error)
+                bad.append(error)
+        # A batch must hold something, on every process as often as on the others.
+        spares = iter(()) if encoded else spare_rows(self.spare_rows, "; ".join(where for _, where in kept))
+        for number, row in enumerate(spares):
+            where = f"{describe_row(row, number)}, in place of rows that cannot be read"
+            try:
+                encoded.append((row, where, self._encode_row(row, where)))
+                break
+            except BadMediaError as error:
+                bad.append(error)
+        if not encoded:
+            raise ValueError(
+                f"None of {len(bad)} rows one after the other can be read, so this is no matter of single videos; the "
+                f"last one: {bad[-1]}"
+            ) from bad[-1]
+        if not self._has_flat_videos:
+            encoded = self._equal_frames(encoded)
+        return [where for _, where, _ in encoded], [output for _, _, output in encoded], len(kept) - len(encoded)
+
+    def _equal_frames(self, encoded: list[tuple[Any, str, dict[str, Any]]]) -> list[tuple[Any, str, dict[str, Any]]]:
+        """Brings all videos of a batch to the fewest frames that the budget of a row asks for; they are stacked."""
+        counts = [_num_frames(output) for _, _, output in encoded]
+        least = min((count for row in counts for count in row), default=0)
+        return [
+            (row, where, output if set(own) <= {least} else self._encode_row(row, where, num_frames=least))
+            for (row, where, output), own in zip(encoded, counts, strict=True)
+        ]
+
+    def _encode_row(
+        self, row: Mapping[str, Any], where: str, *, num_frames: int | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Returns what a row is for the model; `num_frames` asks for so many frames of each video."""
         messages = normalize_messages(row, where=where)
-        output = dict(
-            self.processor.apply_chat_template(
-                _copy_messages(messages),
-                tokenize=True,
-                return_dict=True,
-                add_generation_prompt=False,
-                chat_template=self.chat_template,
-                processor_kwargs={
-                    **self.processor_kwargs,
-                    "return_tensors": "pt",
-                    "return_offsets_mapping": True,
-                    "return_text_replacement_offsets": True,
-                },
-            )
-        )
+        messages, output, stored = self._read_within_budget(messages, where, num_frames)
         offsets_S2 = output.pop("offset_mapping")[0]
         replacements = output.pop("text_replacement_offsets", None) or [[]]
         input_ids_S = output["input_ids"][0]
@@ -226,11 +222,70 @@ class VideoSFTCollator:
         if not supervised_S.any():
             raise ValueError(f"{where} has no supervised token. Add a message with role 'assistant' and some text.")
         output = {key: value for key, value in output.items() if isinstance(value, torch.Tensor)}
-        if self.max_length is not None and input_ids_S.numel() > self.max_length:
-            self._truncate(output, visual_S, where)
+        if stored is not None and stored.entries:
+            output = {key: value for key, value in output.items() if key not in stored.names}
+            output["encoded_videos"] = stored.load_entries()
         if self.blank_image_position is not None and not visual_S.any():
             self._add_blank_image(output)
         return output
+
+    def _read_within_budget(
+        self, messages: list[dict[str, Any]], where: str, num_frames: int | None
+    ) -> tuple[list[dict[str, Any]], dict[str, Any], StoredVideos | None]:
+        """Reads a row, again with fewer frames while it is too large."""
+        num_videos = len(list(visual_blocks(messages, "video")))
+        if num_frames is not None:
+            messages = limit_frames(messages, [num_frames] * num_videos, self.processor, self.processor_kwargs)
+        elif self._budget and num_videos:
+            num_text = len(self.processor.tokenizer(self._render(messages), add_special_tokens=False)["input_ids"])
+            messages = self._budget.plan(messages, num_text - num_videos, where)
+        for _ in range(_MOST_READS):
+            output, stored = self._read_or_name(messages, where)
+            if not self._budget:
+                return messages, output, stored
+            frames = _num_frames(output)
+            num_text = output["input_ids"].shape[1] - self._budget.count_visual(frames)
+            smaller = self._budget.reduce(messages, frames, num_text=num_text, where=where)
+            if smaller is None:
+                return messages, output, stored
+            messages = smaller
+        raise ValueError(
+            f"{where} has {output['input_ids'].shape[1]} tokens with {frames} frames per video, more than "
+            f"max_length={self.max_length} or max_frames_per_row={self.max_frames_per_row} allow, and its videos keep "
+            "this number of frames (do_sample_frames=False?). Allow more, or let frames be sampled."
+        )
+
+    def _read_or_name(self, messages: list[dict[str, Any]], where: str) -> tuple[dict[str, Any], StoredVideos | None]:
+        try:
+            return self._read(messages)
+        except Exception as error:
+            # Which video or image is at fault, if one is, is told by reading them one by one.
+            bad = find_bad_media(messages, self._read, where)
+            if bad is not None:
+                raise bad from bad.__cause__
+            if isinstance(error, ValueError):
+                raise ValueError(f"{where}: {error}") from error
+            raise
+
+    def _read(self, messages: list[dict[str, Any]]) -> tuple[dict[str, Any], StoredVideos | None]:
+        """Returns the processor's output for messages, and who stood in for its video processor."""
+        processor = self.processor
+        if self.encoded_features is not None:
+            processor = self.encoded_features.stand_in(processor)
+        output = processor.apply_chat_template(
+            copy_messages(messages),
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=False,
+            chat_template=self.chat_template,
+            processor_kwargs={
+                **self.processor_kwargs,
+                "return_tensors": "pt",
+                "return_offsets_mapping": True,
+                "return_text_replacement_offsets": True,
+            },
+        )
+        return dict(output), None if processor is self.processor else processor.video_processor
 
     def _add_blank_image(self, output: dict[str, torch.Tensor]) -> None:
         """Put a black image into a row of text, in place."""
@@ -289,7 +344,7 @@ class VideoSFTCollator:
 
     def _render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
         return self.processor.apply_chat_template(
-            _copy_messages(messages, with_media=False),
+            copy_messages(messages, with_media=False),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             chat_template=self.chat_template,
@@ -300,26 +355,6 @@ class VideoSFTCollator:
         for token_id in self._visual_ids:
             visual_S |= input_ids_S == token_id
         return visual_S
-
-    def _truncate(self, output: dict[str, torch.Tensor], visual_S: torch.Tensor, where: str) -> None:
-        """Cut the sequence tensors of a row to `max_length`, in place."""
-        length, limit = visual_S.numel(), self.max_length
-        num_visual = int(visual_S.sum())
-        if visual_S[limit:].any():
-            first, last = (int(visual_S.nonzero()[index]) for index in (0, -1))
-            raise ValueError(
-                f"{where} has {length} tokens, {num_visual} of them visual (positions {first} to {last}), and "
-                f"max_length={limit} would cut inside the visual span. Use a smaller max_frames (or fps), a shorter "
-                f"cut of the video, or max_length of at least {length}."
-            )
-        if not (output["labels"][0, :limit] != IGNORE_INDEX).any():
-            raise ValueError(
-                f"{where} has {length} tokens, {num_visual} of them visual, and max_length={limit} would cut its "
-                f"whole answer. Use a smaller max_frames (or fps), a shorter question, or max_length={length} or more."
-            )
-        for key in ("input_ids", *_SEQUENCE_FILL):
-            if key in output:
-                output[key] = output[key][:, :limit]
 
     def _pad_sequences(self, encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         length = max(row["input_ids"].shape[1] for row in encoded)
@@ -338,100 +373,6 @@ class VideoSFTCollator:
                 batch[key] = torch.stack(rows)
         return batch
 
-    def _delimiter_ids(self, formats: Sequence[tuple[str, ...]]) -> list[int]:
-        """Ids of the delimiters of the first format that the tokenizer knows."""
-        tokenizer = self.processor.tokenizer
-        broken = []
-        for texts in formats:
-            encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
-            split = {text: len(token_ids) for text, token_ids in encoded.items() if len(token_ids) != 1}
-            if not split:
-                return [token_ids[0] for token_ids in encoded.values()]
-            broken.append(next(iter(split.items())))
-        text, num_tokens = broken[0]
-        names = " or ".join(("ChatML tokenizer (Qwen2)", "Llama 3 tokenizer")[: len(formats)])
-        raise ValueError(
-            f"label_rule={self.label_rule!r} needs {text!r} to be one token, but this tokenizer makes {num_tokens} of "
-            f"it. Use a {names}, or label_rule=None."
-        )
-
-
-def normalize_messages(row: Mapping[str, Any], *, where: str = "The row") -> list[dict[str, Any]]:
-    """Bring the messages of a row to one form: lists of blocks, no None entries, every visual block with its source.
-
-    Args:
-        row: Row with a `messages` list; `videos` and `images` columns fill the blocks that have no source, in order.
-        where: How errors name the row.
-
-    Returns:
-        New message dicts; the media objects themselves are shared with the row.
-
-    Raises:
-        ValueError: No messages, a message without role or content, or a number of media that does not match.
-    """
-    messages = row.get("messages")
-    if not messages:
-        raise ValueError(
-            f"{where} has no `messages` (its keys: {sorted(row)}). Expected "
-            '{"messages": [{"role": "user", "content": [{"type": "video", "path": ...}, {"type": "text", ...}]}, '
-            '{"role": "assistant", "content": [...]}]}.'
-        )
-    media = {kind: list(row.get(f"{kind}s") or []) for kind in _VISUAL_SOURCES}
-    normalized = []
-    for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or message.get("role") is None or message.get("content") is None:
-            raise ValueError(
-                f"{where}: message {position} must be a dict with `role` and `content`, got {message!r:.200}."
-            )
-        content = message["content"]
-        blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        normalized.append(
-            {
-                **{key: value for key, value in message.items() if value is not None},
-                "content": [_complete_block(block, media, f"{where}: message {position}") for block in blocks],
-            }
-        )
-    for kind, left in media.items():
-        if left:
-            raise ValueError(
-                f"{where} has {len(left)} entries in `{kind}s` that no block takes. Write one "
-                f'{{"type": "{kind}"}} block for each of them into the messages.'
-            )
-    return normalized
-
-
-def _complete_block(block: Mapping[str, Any], media: dict[str, list[Any]], where: str) -> dict[str, Any]:
-    # Arrow tables give every block the keys of all blocks, with None where a block had none.
-    complete = {key: value for key, value in block.items() if value is not None}
-    kind = complete.get("type")
-    if kind in media and not any(key in complete for key in _VISUAL_SOURCES[kind]):
-        if not media[kind]:
-            raise ValueError(
-                f"{where} has a {kind} block without a source. Give it one of the keys {_VISUAL_SOURCES[kind]}, "
-                f"or an entry in the row's `{kind}s`."
-            )
-        complete[kind] = media[kind].pop(0)
-    return complete
-
-
-def _copy_messages(messages: list[dict[str, Any]], *, with_media: bool = True) -> list[dict[str, Any]]:
-    # Templates and processors may change the dicts; the row must stay as the dataset gave it. Text alone needs no
-    # pixels, which a processor might copy each time.
-    return [
-        {**message, "content": [_copy_block(block, with_media=with_media) for block in message["content"]]}
-        for message in messages
-    ]
-
-
-def _copy_block(block: dict[str, Any], *, with_media: bool) -> dict[str, Any]:
-    sources = () if with_media else _VISUAL_SOURCES.get(block.get("type"), ())
-    return {key: "-" if key in sources else value for key, value in block.items()}
-
-
-def _describe_row(row: Mapping[str, Any], position: int) -> str:
-    name = row.get("id") if isinstance(row, Mapping) else None
-    return f"Row {position} of the batch" + (f" (id {name!r})" if name is not None else "")
-
 
 def _concatenate_visuals(
     encoded: list[dict[str, torch.Tensor]], *, flat_videos: bool = True
@@ -444,7 +385,8 @@ def _concatenate_visuals(
         if has_grids and "pixel_values" in row and "image_grids" not in row:
             row["image_grids"] = torch.zeros(row["pixel_values"].shape[0], 2, dtype=torch.int64)
     batch = {}
-    for key in {key: None for row in encoded for key in row if key not in {"input_ids", *_SEQUENCE_FILL}}:
+    no_visuals = {"input_ids", "encoded_videos", *_SEQUENCE_FILL}
+    for key in {key: None for row in encoded for key in row if key not in no_visuals}:
         batch[key] = torch.cat([row[key] for row in encoded if key in row])
     return batch
 
@@ -455,3 +397,13 @@ def _flatten_videos(row: dict[str, torch.Tensor]) -> None:
         num_videos, num_frames = row[key].shape[:2]
         row[key] = row[key].flatten(0, 1)  # (sum F, 3, height, width)
         row["video_num_frames"] = torch.full((num_videos,), num_frames, dtype=torch.int64)
+
+
+def _num_frames(output: Mapping[str, Any]) -> list[int]:
+    """Frames of each video of a row."""
+    if output.get("encoded_videos"):
+        return [entry.num_frames for entry in output["encoded_videos"]]
+    if output.get("video_num_frames") is not None:
+        return output["video_num_frames"].tolist()
+    pixels = output.get("pixel_values_videos")
+    return [] if pixels is None else [pixels.shape[1]] * pixels.shape[0]

@@ -5,66 +5,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from longvideo.trainers.bad_media import POLICIES
+from longvideo.trainers.freezing import PART_MODULES, SUB_PARTS, check_patterns, part_of, sub_part_of
 from longvideo.trainers.recipe import find_stage
 
-# Public module names of every model here: first name on the way to a parameter that is listed decides its part.
-PART_MODULES: dict[str, tuple[str, ...]] = {
-    "language_model": ("language_model", "lm_head", "coordinates"),
-    "connector": (
-        "multi_modal_projector",
-        "vision_projectors",
-        "vision_query",
-        "vision_sampler",
-        "image_newline",
-        "packer",
-    ),
-    "vision_tower": ("vision_tower", "dino_tower"),
-}
-# Modules inside a part that may learn without the rest of it. Of several on the way the first listed one decides.
-SUB_PARTS: dict[str, tuple[str, ...]] = {
-    "packer": ("packer",),
-    "embeddings": ("embed_tokens", "coordinates"),
-    "t2v": ("t2v", "t2v_gate"),
-    "v2v": ("v2v", "v2v_gate", "query_norm"),
-}
-
-
-def sub_part_of(parameter_name: str) -> str | None:
-    """Name the sub-part of the model that a parameter belongs to.
-
-    Args:
-        parameter_name: Dotted name as `named_parameters()` gives it, with or without wrappers' prefixes.
-
-    Returns:
-        "packer", "embeddings" (the input embedding of text and the coordinate tables beside it), "v2v" (inside the
-        language model: cross-attention of visual rows, its gate, and the norm of all queries), "t2v" (the same of
-        text rows, and its gate), or None.
-
-    Source: LLaVA-ST training code, whose groups match "vision_resampler", "embed_tokens" and the names of six tables.
-    """
-    components = parameter_name.split(".")
-    for name, modules in SUB_PARTS.items():
-        if not set(modules).isdisjoint(components):
-            return name
-    return None
-
-
-def part_of(parameter_name: str) -> str | None:
-    """Name the part of the model that a parameter belongs to.
-
-    Args:
-        parameter_name: Dotted name as `named_parameters()` gives it, with or without wrappers' prefixes.
-
-    Returns:
-        "language_model", "connector", "vision_tower", or None for a parameter outside of them.
-
-    Source: VideoChat-Flash training code, which matches "vision_tower" and "mm_projector" and calls the rest the LLM.
-    """
-    for component in parameter_name.split("."):
-        for part, modules in PART_MODULES.items():
-            if component in modules:
-                return part
-    return None
+__all__ = ["PART_MODULES", "SUB_PARTS", "VideoSFTConfig", "part_of", "sub_part_of"]
 
 
 @dataclass
@@ -83,15 +28,30 @@ class VideoSFTConfig(TrainingArguments):
         connector_learning_rate: Peak learning rate of what joins towers and language model; None takes
             `learning_rate`.
         embeddings_learning_rate: Peak learning rate of the sub-part "embeddings"; None takes `learning_rate`.
-        max_length: Most tokens of a row, visual placeholders included (see `VideoSFTCollator`).
+        trainable_names: Regular expressions; parameters whose dotted name one of them finds (`re.search`) learn too.
+            Without `trainable_parts` they alone learn.
+        frozen_names: Regular expressions; parameters whose dotted name one of them finds do not learn, whatever the
+            other two say.
+        max_length: Most tokens of a row, visual placeholders included: fewer frames are read of videos in longer rows
+            (see `VideoSFTCollator`).
+        max_frames_per_row: Most frames of a row, all its videos together (see `VideoSFTCollator`).
         mask: Which tokens are supervised, "assistant" or "all" (see `VideoSFTCollator`).
         label_rule: None, or "videochat_flash" / "longvu" / "llava_st" for the originals' labels (see
             `VideoSFTCollator`).
         blank_image_position: None, or where rows of text get a black image (see `VideoSFTCollator`).
         processor_kwargs: Given to the processor for every row, for example `{"min_frames": 64, "max_frames": 512}`.
+        on_bad_video: "raise", or "skip" to go on without rows whose videos or images cannot be read. These are logged
+            (`skipped_rows`) and listed in `bad_videos.jsonl` of `output_dir`.
+        encoded_features_dir: Folder for encoded videos; they are read from there from the second epoch on, and by
+            other runs with the same frozen encoder and the same settings. Tower and connector must be frozen. None
+            decodes and encodes videos each time.
+
+    `train_sampling_strategy="group_by_length"` puts rows of like length into one batch, frames of their videos
+    counted; a column `length` (`length_column_name`) is taken as it is.
 
     Raises:
-        ValueError: An unknown part, a non-positive learning rate, or a setting that breaks batches of flat pixels.
+        ValueError: An unknown part, a pattern that is no regular expression, a non-positive learning rate, or a
+            setting that breaks batches of flat pixels.
     """
 
     # The lists and dicts that the command line may give as JSON text.
@@ -118,7 +78,14 @@ class VideoSFTConfig(TrainingArguments):
     embeddings_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of embedding and coordinate tables. Default: learning_rate."}
     )
+    trainable_names: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of names of parameters that learn too."}
+    )
+    frozen_names: list[str] | None = field(
+        default=None, metadata={"help": "Regular expressions of names of parameters that do not learn."}
+    )
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a row; None for no limit."})
+    max_frames_per_row: int | None = field(default=None, metadata={"help": "Most frames of a row; None for no limit."})
     mask: str = field(default="assistant", metadata={"help": "Supervised tokens: assistant or all."})
     label_rule: str | None = field(default=None, metadata={"help": "None, videochat_flash, longvu or llava_st."})
     blank_image_position: int | None = field(
@@ -126,6 +93,12 @@ class VideoSFTConfig(TrainingArguments):
     )
     processor_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the processor for every row, as JSON."}
+    )
+    on_bad_video: str = field(
+        default="raise", metadata={"help": "Rows whose video cannot be read: raise, or skip and report them."}
+    )
+    encoded_features_dir: str | None = field(
+        default=None, metadata={"help": "Folder for videos that the frozen encoder encodes once. Default: none."}
     )
 
     def __post_init__(self) -> None:
@@ -142,6 +115,9 @@ class VideoSFTConfig(TrainingArguments):
         known = [*sorted(PART_MODULES), *sorted(SUB_PARTS)]
         if self.trainable_parts == [] or not set(self.trainable_parts or ()) <= set(known):
             raise ValueError(f"trainable_parts={self.trainable_parts} must name one or more of {known}, or be None.")
+        check_patterns(self.trainable_names, self.frozen_names)
+        if self.on_bad_video not in POLICIES:
+            raise ValueError(f"on_bad_video={self.on_bad_video!r} is unknown; use one of {POLICIES}.")
         for name in ("vision_tower_learning_rate", "connector_learning_rate", "embeddings_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:

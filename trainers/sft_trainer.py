@@ -10,10 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.utils import is_peft_available
+from transformers.utils import is_datasets_available, logging
 
-from longvideo.trainers.collators import VideoSFTCollator, check_batch
-from longvideo.trainers.sft_config import PART_MODULES, VideoSFTConfig, part_of, sub_part_of
+from longvideo.trainers.bad_media import BadMediaLog
+from longvideo.trainers.batch_checks import BatchFacts, GradientGuard, check_batch, check_loss
+from longvideo.trainers.collators import VideoSFTCollator
+from longvideo.trainers.encoded_features import FeatureStore, VideoEntry, encode_entry, join_encoded
+from longvideo.trainers.freezing import is_peft_model, part_of, set_trainable, set_trainable_parts, sub_part_of
+from longvideo.trainers.liger import liger_in_training
+from longvideo.trainers.sampling import GroupedRows, row_lengths
+from longvideo.trainers.sft_config import VideoSFTConfig
+
+__all__ = ["VideoSFTTrainer", "find_last_checkpoint", "prepare_model", "set_trainable_parts"]
+
+logger = logging.get_logger(__name__)
 
 # Outputs without one entry per row, which evaluation could not gather; logits and the labels that fit them are left.
 _IGNORED_OUTPUTS = [
@@ -28,38 +38,6 @@ _IGNORED_OUTPUTS = [
 ]
 
 
-def set_trainable_parts(model: nn.Module, parts: list[str]) -> None:
-    """Freeze every parameter outside of `parts`, and let the others learn.
-
-    Args:
-        model: A model whose parameters lie in modules named in `PART_MODULES`. A PEFT model keeps its own choice
-            inside `parts`; only the rest is frozen.
-        parts: Names out of `PART_MODULES`, or out of `SUB_PARTS` for less than a part.
-
-    Raises:
-        ValueError: A part without parameters in this model, or a parameter that belongs to no part.
-
-    Source: VideoChat-Flash training code, option `mm_tunable_parts`.
-    """
-    named = {name: {part_of(name), sub_part_of(name)} - {None} for name, _ in model.named_parameters()}
-    homeless = [name for name, found in named.items() if found.isdisjoint(PART_MODULES)]
-    if homeless:
-        raise ValueError(
-            f"trainable_parts={parts} cannot say whether {homeless[0]!r} learns: it lies in none of {PART_MODULES}. "
-            "Set requires_grad yourself and leave trainable_parts=None."
-        )
-    present = set().union(*named.values())
-    absent = sorted(set(parts) - present)
-    if absent:
-        raise ValueError(f"{type(model).__name__} has no parameters in {absent}; its parts are {sorted(present)}.")
-    keeps_choice = _is_peft_model(model)
-    for name, parameter in model.named_parameters():
-        if named[name].isdisjoint(parts):
-            parameter.requires_grad_(False)
-        elif not keeps_choice and parameter.is_floating_point():
-            parameter.requires_grad_(True)
-
-
 def prepare_model(model: nn.Module, method: str) -> None:
     """Let a model make itself ready for a stage of training.
 
@@ -70,7 +48,7 @@ def prepare_model(model: nn.Module, method: str) -> None:
     Raises:
         ValueError: The model has no such method.
     """
-    inner = model.get_base_model() if _is_peft_model(model) else model
+    inner = model.get_base_model() if is_peft_model(model) else model
     call = None if method.startswith("_") else getattr(inner, method, None)
     if not callable(call):
         raise ValueError(
@@ -111,7 +89,9 @@ class VideoSFTTrainer(Trainer):
     in place of one placeholder), so logits and labels of other lengths never meet here. It is the sum over the
     supervised tokens divided by their number in the whole accumulated batch, hence independent of how a batch is
     split; every answer token is kept, so the number counted before the forward stays right. Logs carry
-    `frames_per_second` and `visual_tokens_per_second`.
+    `frames_per_second` and `visual_tokens_per_second` (frames of encoded videos are counted as if they were read), and
+    `skipped_rows` where rows were left out. A loss or a gradient that is no number stops the run before it reaches the
+    weights, and names step and rows.
 
     Args:
         model: Model whose forward returns a loss and takes `num_items_in_batch` through its `**kwargs`.
@@ -150,18 +130,37 @@ class VideoSFTTrainer(Trainer):
             data_collator = _default_collator(processing_class, args)
         if model is not None:
             _prepare(model, args)
+            self._open_store(model, args, data_collator)
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
         if not self.model_accepts_loss_kwargs:
             raise ValueError(
                 f"{type(self.model).__name__}.forward takes no **kwargs, so its loss cannot be divided by the number "
                 "of supervised tokens of the accumulated batch (num_items_in_batch). Let it pass **kwargs to its loss."
             )
+        if args.on_bad_video == "skip" and getattr(data_collator, "spare_rows", False) is None:
+            data_collator.spare_rows = self.train_dataset
+        self._gradient_guard = GradientGuard()
+        self.add_callback(self._gradient_guard)
+        self._num_skipped = 0
         self._start_throughput_window()
+
+    def _open_store(self, model: nn.Module, args: VideoSFTConfig, data_collator: Any) -> None:
+        self._store = None
+        if args.encoded_features_dir is None:
+            return
+        if not hasattr(data_collator, "encoded_features"):
+            raise ValueError(
+                f"encoded_features_dir needs a collator that reads encoded videos, and {type(data_collator).__name__} "
+                "does not. Leave data_collator out, or leave encoded_features_dir out."
+            )
+        self._store = FeatureStore(args.encoded_features_dir, _base_model(model))
+        data_collator.encoded_features = self._store
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Build the model with `model_init`, prepare it and freeze what does not learn."""
         model = super().call_model_init(trial)
         _prepare(model, self.args)
+        self._open_store(model, self.args, self.data_collator)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
@@ -185,7 +184,54 @@ class VideoSFTTrainer(Trainer):
                     "resume_from_checkpoint, or name a checkpoint folder."
                 )
         self._start_throughput_window()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with liger_in_training(self):
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def encode_videos(self, dataset: Any = None) -> int:
+        """Encode the videos of a dataset ahead of training, so that its first epoch reads features too.
+
+        Args:
+            dataset: Rows; None for those of training.
+
+        Returns:
+            Number of videos that were encoded; those that are stored already are not.
+
+        Raises:
+            ValueError: `encoded_features_dir` is not set, or see `VideoSFTCollator`.
+        """
+        if self._store is None:
+            raise ValueError("Set encoded_features_dir=<folder> in VideoSFTConfig, where encoded videos shall go.")
+        count = 0
+        rows = self.train_dataset if dataset is None else dataset
+        for number, row in enumerate(rows):
+            if number % self.args.world_size != self.args.process_index:
+                continue
+            entries = self.data_collator([row]).get("encoded_videos", ())
+            for entry in entries:
+                if entry.pixels is not None:
+                    with self.compute_loss_context_manager():
+                        encode_entry(_base_model(self.model), entry, self._store)
+                    count += 1
+        self.accelerator.wait_for_everyone()
+        return count
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        is_grouped = self.args.train_sampling_strategy == "group_by_length"
+        if not is_grouped or not hasattr(rows, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        lengths = _length_column(rows, self.args.length_column_name)
+        if lengths is None:
+            lengths = row_lengths(
+                rows,
+                self.processing_class,
+                call=self.args.processor_kwargs,
+                max_length=self.args.max_length,
+                max_frames=self.args.max_frames_per_row,
+            )
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupedRows(size, lengths=lengths, seed=seed)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: all but biases and those of normalisation layers."""
@@ -244,20 +290,48 @@ class VideoSFTTrainer(Trainer):
             The loss, or the loss and the output.
 
         Raises:
+            FloatingPointError: The loss of a batch of training is no number.
             ValueError: See `check_batch`.
         """
         config = self.model.config
+        inputs = dict(inputs)
+        facts = inputs.pop("batch_facts", None) or BatchFacts(())
+        num_frames = self._use_encoded(inputs)
         counts = check_batch(
             inputs,
             video_token_id=getattr(config, "video_token_id", None),
             image_token_id=getattr(config, "image_token_id", None),
         )
-        inputs = {**inputs, "use_cache": False}
+        inputs["use_cache"] = False
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if self.model.training:
-            self._window_frames += counts.frames
+            check_loss(loss, step=self.state.global_step + 1, rows=facts.rows)
+            self._gradient_guard.rows += facts.rows
+            self._num_skipped += facts.num_skipped
+            self._window_frames += counts.frames + num_frames
             self._window_visual_tokens += counts.placeholders + _num_inserted(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _use_encoded(self, inputs: dict[str, Any]) -> int:
+        """Puts features in place of the encoded videos of a batch, after encoding those that are not stored yet.
+
+        Returns:
+            Frames of these videos.
+        """
+        entries: list[VideoEntry] = inputs.pop("encoded_videos", None) or []
+        if not entries:
+            return 0
+        model = _base_model(self.model)
+        if any(entry.pixels is not None for entry in entries) and _is_sharded(self):
+            raise ValueError(
+                "A video is not in encoded_features_dir yet, and a sharded model cannot encode it apart. Encode all "
+                "of them first, in a run of one process per GPU without sharding: trainer.encode_videos()."
+            )
+        encoded = [entry.encoded or encode_entry(model, entry, self._store) for entry in entries]
+        device = inputs["input_ids"].device
+        output = join_encoded([one.to(device) for one in encoded]).as_output()
+        inputs["mm_encoder_outputs"] = {"video": output}
+        return sum(entry.num_frames for entry in entries)
 
     def prediction_step(
         self,
@@ -288,15 +362,15 @@ class VideoSFTTrainer(Trainer):
         self._window_visual_tokens = 0
 
     def _throughput(self) -> Mapping[str, float]:
-        counts = torch.stack(
-            [torch.as_tensor(n, device=self.args.device) for n in (self._window_frames, self._window_visual_tokens)]
-        )
-        frames, visual_tokens = self.accelerator.reduce(counts, reduction="sum").tolist()
+        mine = (self._window_frames, self._window_visual_tokens, self._num_skipped)
+        counts = torch.stack([torch.as_tensor(n, device=self.args.device) for n in mine])
+        frames, visual_tokens, skipped = self.accelerator.reduce(counts, reduction="sum").tolist()
         seconds = time.perf_counter() - self._window_start
-        return {
+        rates = {
             "frames_per_second": round(frames / seconds, 3),
             "visual_tokens_per_second": round(visual_tokens / seconds, 1),
         }
+        return {**rates, "skipped_rows": skipped} if skipped else rates
 
     def _part_rates(self, logged: float) -> dict[str, float]:
         groups = self.optimizer.param_groups
@@ -310,8 +384,26 @@ class VideoSFTTrainer(Trainer):
 def _prepare(model: nn.Module, args: VideoSFTConfig) -> None:
     if args.prepare_model is not None:
         prepare_model(model, args.prepare_model)
-    if args.trainable_parts is not None:
-        set_trainable_parts(model, args.trainable_parts)
+    if any(wish is not None for wish in (args.trainable_parts, args.trainable_names, args.frozen_names)):
+        set_trainable(model, parts=args.trainable_parts, names=args.trainable_names, frozen=args.frozen_names)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _is_sharded(trainer: Trainer) -> bool:
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(trainer.is_fsdp_enabled) or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _length_column(rows: Any, name: str) -> list[int] | None:
+    if is_datasets_available():
+        import datasets
+
+        if isinstance(rows, datasets.Dataset) and name in rows.column_names:
+            return list(rows[name])
+    return None
 
 
 def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
@@ -324,6 +416,10 @@ def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
         label_rule=args.label_rule,
         blank_image_position=args.blank_image_position,
         processor_kwargs=args.processor_kwargs,
+        max_frames_per_row=args.max_frames_per_row,
+        on_bad_video=args.on_bad_video,
+        bad_videos=BadMediaLog(args.output_dir),
+        with_facts=True,
     )
 
 
@@ -333,11 +429,3 @@ def _num_inserted(inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor | int
     if expanded is None or inputs.get("attention_mask") is None:
         return 0
     return expanded.sum() - inputs["attention_mask"].sum()
-
-
-def _is_peft_model(model: nn.Module) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)

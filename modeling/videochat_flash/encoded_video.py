@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from longvideo.modeling.layers.feature_files import hash_tensors, load_features, save_features, video_source_key
+from longvideo.modeling.videochat_flash.vision_videochat_flash import VideoChatFlashVisionOutput
 
 FORMAT = "longvideo.encoded_video.v1"
 
@@ -43,6 +44,10 @@ class EncodedVideo:
             list(self.num_frames),
             dict(self.key),
         )
+
+    def as_output(self) -> VideoChatFlashVisionOutput:
+        """Returns the features as `mm_encoder_outputs["video"]` holds them."""
+        return VideoChatFlashVisionOutput(pooler_output=list(self.features), merge_groups=list(self.merge_groups))
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes `features.safetensors` and `encoded_video.json` into a folder, each under a temporary name first.

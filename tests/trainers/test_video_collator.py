@@ -172,23 +172,6 @@ def test_rows_are_not_changed(processor):
     assert row["messages"][0]["content"][0].keys() == before["messages"][0]["content"][0].keys()
 
 
-def test_truncation_cuts_text_but_never_a_visual_span(processor):
-    row = two_turn_row("red")
-    full = VideoSFTCollator(processor)([row])
-    length = full["input_ids"].shape[1]
-    last_visual = int((full["input_ids"][0] == VIDEO_ID).nonzero()[-1])
-    cut = VideoSFTCollator(processor, max_length=length - 20)([row])
-    assert torch.equal(cut["input_ids"], full["input_ids"][:, : length - 20])
-    assert torch.equal(cut["labels"], full["labels"][:, : length - 20])
-    assert torch.equal(cut["pixel_values_videos"], full["pixel_values_videos"])
-    with pytest.raises(
-        ValueError, match=rf"'red-4'\) has {length} tokens, 16 of them visual .*max_length={last_visual} "
-    ):
-        VideoSFTCollator(processor, max_length=last_visual)([row])
-    with pytest.raises(ValueError, match=rf"max_length={last_visual + 1} would cut its whole answer"):
-        VideoSFTCollator(processor, max_length=last_visual + 1)([row])
-
-
 def test_rows_that_cannot_be_trained_on(processor):
     collator = VideoSFTCollator(processor)
     user = {"role": "user", "content": "Hi"}

@@ -58,11 +58,3 @@ def test_images_videos_and_text_in_one_batch(processor):
     assert set(batch) - {"mm_token_type_ids"} == names
     alone = [collator([row])["pixel_values_videos"] for row in rows[2:]]
     assert torch.equal(batch["pixel_values_videos"], torch.cat(alone))
-
-
-def test_videos_are_not_cut(processor):
-    with pytest.raises(ValueError, match=r"Row 0 of the batch \(id 'red-8'\)"):
-        VideoSFTCollator(processor, max_length=40)([colour_row("red", num_frames=8)])
-    long = colour_row("red", num_frames=2, answer="red" * 30)
-    batch = VideoSFTCollator(processor, max_length=110)([long])
-    assert batch["input_ids"].shape == (1, 110) and int((batch["input_ids"] == VIDEO_ID).sum()) == 8

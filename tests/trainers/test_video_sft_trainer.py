@@ -307,7 +307,7 @@ def test_max_length_reaches_the_collator(make_trainer):
     collator = trainer.data_collator
     assert (collator.max_length, collator.label_rule) == (50, "videochat_flash")
     assert collator.processor_kwargs == {"max_frames": 8}
-    with pytest.raises(ValueError, match="max_length=50 would cut inside the visual span"):
+    with pytest.raises(ValueError, match="together over max_length=50. Text is never cut"):
         trainer.train()
 
 
