@@ -1,0 +1,35 @@
+"""A tiny CrossVLLM processor for the tests, and what transformers' common processor tests need of it."""
+
+from typing import Any
+
+from transformers import CLIPImageProcessor
+
+from longvideo.processing.crossvllm.processing_crossvllm import CrossVLLMProcessor
+from longvideo.processing.crossvllm.video_processing_crossvllm import CrossVLLMVideoProcessor
+from tests.tiny import tiny_tokenizer
+
+SIDE = 48
+PATCH = 4
+
+
+def tiny_crossvllm_processor(
+    side: int = SIDE,
+    tokenizer: Any = None,
+    coarse_stride: int = 6,
+    fine_stride: int = 2,
+    **kwargs: Any,
+) -> CrossVLLMProcessor:
+    """A processor for `tests.tiny_crossvllm.tiny_crossvllm_config`; `kwargs` go to the video processor.
+
+    A frame has 12 x 12 patches: 4 coarse and 36 fine tokens; a video 12 coarse frames and a segment 4 fine ones.
+    """
+    sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    frames = {"coarse_num_frames": 12, "fine_num_frames": 4, "coarse_training_frames": 6, "fine_training_frames": 2}
+    return CrossVLLMProcessor(
+        image_processor=CLIPImageProcessor(**sizes),
+        tokenizer=tokenizer or tiny_tokenizer(),
+        video_processor=CrossVLLMVideoProcessor(**sizes, **{**frames, **kwargs}),
+        patch_size=PATCH,
+        coarse_stride=coarse_stride,
+        fine_stride=fine_stride,
+    )
