@@ -4,7 +4,8 @@ from longvideo.evaluation.corpus.questions import View, format_seconds, nearest_
 from longvideo.evaluation.corpus.scenes import UNITS, Actor, Scene, sample_times
 
 
-def _place(x: float, y: float) -> str:
+def place_name(x: float, y: float) -> str:
+    """Name of a place in the frame, from fractions of its width and height: "top left", "middle", ..."""
     column = "left" if x < 0.4 else "right" if x > 0.6 else ""
     row = "top" if y < 0.4 else "bottom" if y > 0.6 else ""
     return f"{row} {column}".strip() or "middle"
@@ -18,7 +19,7 @@ def _full_name(actor: Actor, time: float, shape_first: bool) -> list[str]:
 def _describe_actor(
     scene: Scene, actor: Actor, seen: list[float], *, start: float, end: float, shape_first: bool
 ) -> str:
-    words = [*_full_name(actor, seen[0], shape_first), _place(*actor.position(seen[0]))]
+    words = [*_full_name(actor, seen[0], shape_first), place_name(*actor.position(seen[0]))]
     if start <= actor.enter < end and actor.enter > 0:
         words.append("appears")
     if actor.motion is not None:
@@ -74,7 +75,7 @@ def describe_frame(scene: Scene, time: float, *, shape_first: bool = False) -> s
     if scene.needle is not None and scene.needle.visible(time):
         return f"letter {scene.needle.letter} ."
     clauses = [
-        " ".join([*_full_name(actor, time, shape_first), _place(*actor.position(time))])
+        " ".join([*_full_name(actor, time, shape_first), place_name(*actor.position(time))])
         for actor in sorted(scene.actors, key=lambda actor: actor.enter)
         if actor.visible(time)
     ]

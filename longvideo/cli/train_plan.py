@@ -1,0 +1,190 @@
+"""Settings of `longvideo train`: the recipe's, what the user sets in their place, what the machine asks for."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longvideo.trainers import VideoSFTConfig
+
+
+@dataclass
+class Plan:
+    """What is going to be trained.
+
+    Args:
+        name: Recipe and stage, for people.
+        entry: The stage as the recipe has it.
+        args: Settings of the trainer.
+        model_fields: Fields of the model's configuration that the stage needs.
+        lora: Fields of `peft.LoraConfig`; None without an adapter.
+        num_processes: Processes that train together.
+        is_half: Whether the forward pass computes in bf16 or fp16; a dry run says so on machines that cannot, too.
+        notes: What differs from the recipe, and why.
+    """
+
+    name: str
+    entry: dict[str, Any]
+    args: "VideoSFTConfig"
+    model_fields: dict[str, Any]
+    lora: dict[str, Any] | None
+    num_processes: int = 1
+    is_half: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of all processes between two updates."""
+        per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return per_process * self.num_processes
+
+
+def make_plan(args: argparse.Namespace) -> Plan:
+    """Read the recipe and put the user's settings over it.
+
+    Args:
+        args: The parsed arguments.
+
+    Returns:
+        The plan.
+
+    Raises:
+        FileNotFoundError: No such recipe.
+        ValueError: No such stage, or a setting that does not exist or does not fit.
+    """
+    from longvideo.trainers import find_stage
+
+    stage, entry = find_stage(args.recipe, args.stage)
+    chosen = parse_settings(args.set)
+    groups = {prefix: {} for prefix in ("", "model", "lora")}
+    for key, value in chosen.items():
+        prefix, _, rest = key.rpartition(".")
+        if prefix not in groups or not rest:
+            raise ValueError(f"--set {key}=...: expected KEY, model.KEY or lora.KEY.")
+        groups[prefix][rest] = value
+    recipe_lora = entry.get("lora")
+    if groups["lora"] and recipe_lora is None and not args.lora:
+        raise ValueError(f"--set lora.{next(iter(groups['lora']))} needs --lora: the recipe trains no adapter.")
+    has_adapter = args.lora or recipe_lora is not None
+    notes: list[str] = []
+    wish = {**entry["args"], **groups[""]}
+    config = _build_config(args, entry, groups[""], output=args.output or f"outputs/{stage}", notes=notes)
+    name = args.recipe if args.recipe.endswith((".yaml", ".yml")) else f"{args.recipe.split('/')[0]}/{stage}"
+    return Plan(
+        name=name,
+        entry=entry,
+        args=config,
+        model_fields={**entry.get("model", {}), **groups["model"]},
+        lora={**(recipe_lora or {}), **groups["lora"]} if has_adapter else None,
+        num_processes=_num_processes(),
+        is_half=bool(
+            (wish.get("bf16") or wish.get("fp16"))
+            if args.dry_run and args.device != "cpu"
+            else config.bf16 or config.fp16
+        ),
+        notes=notes,
+    )
+
+
+def parse_settings(words: list[str]) -> dict[str, Any]:
+    """Read KEY=VALUE words; values are JSON or yaml, anything else is text.
+
+    Args:
+        words: What stood behind each `--set`.
+
+    Returns:
+        Values by key.
+
+    Raises:
+        ValueError: A word without "=".
+    """
+    import yaml
+
+    found = {}
+    for word in words:
+        key, mark, text = word.partition("=")
+        if not mark or not key.strip():
+            raise ValueError(f"--set {word!r}: expected KEY=VALUE, for example max_steps=100.")
+        try:
+            # JSON first: yaml takes 1e-4 for text.
+            value = json.loads(text)
+        except ValueError:
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                value = text
+        found[key.strip()] = value
+    return found
+
+
+def _num_processes() -> int:
+    return max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+
+
+def _build_config(
+    args: argparse.Namespace, entry: dict[str, Any], settings: dict[str, Any], *, output: str, notes: list[str]
+) -> "VideoSFTConfig":
+    from longvideo.trainers import VideoSFTConfig
+
+    config_class: type = VideoSFTConfig
+    values = {**entry["args"], **settings}
+    if args.dpo:
+        from longvideo.trainers.dpo_config import _SFT_ONLY, VideoDPOConfig
+
+        config_class = VideoDPOConfig
+        values = {**entry["args"], **_SFT_ONLY, "precompute_reference": not args.lora and "lora" not in entry}
+        for name in [name for name in values if name.endswith("learning_rate")]:
+            del values[name]
+        notes.append("preferences: the recipe's learning rates and label rules are for answers and are left out")
+        values |= settings
+    _check_names(values, config_class, source=f"recipe {args.recipe}" if set(values) - set(settings) else "--set")
+    _keep_global_batch(values, entry, settings, notes)
+    if args.device == "cpu":
+        values["use_cpu"] = True
+    _fit_to_machine(values, settings, notes, quiet=args.dry_run and args.device != "cpu")
+    if args.lora and "lora" not in entry and "trainable_parts" not in settings:
+        # The adapter alone decides what learns; lora.connector=full adds what joins it to the towers.
+        values["trainable_parts"] = None
+    values.setdefault("report_to", [])
+    return config_class(**{"output_dir": output, **values})
+
+
+def _check_names(values: dict[str, Any], config_class: type, *, source: str) -> None:
+    known = [entry.name for entry in dataclasses.fields(config_class) if entry.init]
+    for name in values:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{source} has {name!r}, which is no setting of {config_class.__name__}.{hint}")
+
+
+def _keep_global_batch(
+    values: dict[str, Any], entry: dict[str, Any], settings: dict[str, Any], notes: list[str]
+) -> None:
+    """Accumulate as often as keeps the recipe's rows per step on the processes that there are."""
+    wanted, processes = entry.get("global_batch_size"), _num_processes()
+    if not wanted or "gradient_accumulation_steps" in settings:
+        return
+    rows = values.get("per_device_train_batch_size", 8) * processes
+    steps = max(round(wanted / rows), 1)
+    if steps != values.get("gradient_accumulation_steps", 1):
+        told = f"{processes} process{'es' if processes > 1 else ''} instead of {entry.get('gpus', '?')} GPUs"
+        notes.append(
+            f"gradient_accumulation_steps {values.get('gradient_accumulation_steps', 1)} -> {steps}: {told}, "
+            f"{steps * rows} rows per step (the recipe has {wanted})"
+        )
+        values["gradient_accumulation_steps"] = steps
+
+
+def _fit_to_machine(values: dict[str, Any], settings: dict[str, Any], notes: list[str], *, quiet: bool) -> None:
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    if values.get("bf16") and (quiet or "bf16" not in settings) and not (on_gpu and torch.cuda.is_bf16_supported()):
+        values["bf16"] = False
+        if not quiet:
+            notes.append("bf16 off: no device here computes in it (--set bf16=true insists)")

@@ -1,0 +1,341 @@
+"""Loading, counting and training of `longvideo train`."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longvideo.cli.train import DTYPES
+from longvideo.cli.train_plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# So many rows are read to count their tokens.
+NUM_COUNTED_ROWS = 4
+# A folder with one of these in it can be loaded, so they are put in place last.
+LAST_FILES = ("config.json", "adapter_config.json")
+
+
+def find_folder(name: str) -> str:
+    """Return the folder or Hub id of a model; an architecture's name stands for its tiny checkpoint.
+
+    Args:
+        name: What the user gave.
+
+    Returns:
+        What `from_pretrained` takes.
+    """
+    import longvideo
+
+    if not os.path.isdir(name) and "/" not in name:
+        try:
+            return longvideo.tiny_checkpoint(name)
+        except ValueError:
+            pass
+    return name
+
+
+def change_config(config: "PreTrainedConfig", fields: dict[str, Any], notes: list[str]) -> "PreTrainedConfig":
+    """Put the fields that a stage needs into a configuration.
+
+    Args:
+        config: Configuration of the checkpoint.
+        fields: Fields and values.
+        notes: What changes is added.
+
+    Returns:
+        A new configuration, checked as a whole.
+
+    Raises:
+        ValueError: A field that this architecture does not have, or values that do not fit.
+    """
+    unknown = [name for name in fields if not hasattr(config, name)]
+    if unknown:
+        raise ValueError(
+            f"{type(config).__name__} has no field {unknown[0]!r}; the recipe is for another architecture than the "
+            f"model ({config.model_type}), or --set model.{unknown[0]} is misspelt."
+        )
+    changed = {name: value for name, value in fields.items() if getattr(config, name) != value}
+    for name, value in changed.items():
+        notes.append(f"model: {name} {getattr(config, name)} -> {value}")
+    return type(config).from_dict({**config.to_dict(), **changed}) if changed else config
+
+
+def load_config(args: argparse.Namespace, plan: Plan) -> "PreTrainedConfig":
+    """Read the configuration of the model, with the fields of the stage.
+
+    Args:
+        args: The parsed arguments.
+        plan: The plan; notes are added.
+
+    Returns:
+        The configuration.
+    """
+    from longvideo.cli.estimate import load_config as find_config
+
+    config, _ = find_config(find_folder(args.model))
+    return change_config(config, plan.model_fields, plan.notes)
+
+
+def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
+    """Build the model without weights, frozen and adapted as in training.
+
+    Args:
+        args: The parsed arguments.
+        plan: The plan.
+
+    Returns:
+        A model on the meta device.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    config = load_config(args, plan)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=choose_dtype(args, plan))
+        return adapt(model, plan)
+
+
+def choose_dtype(args: argparse.Namespace, plan: Plan) -> str:
+    """Name the type of the weights: as asked for, else float32, or bfloat16 under an adapter that learns in bf16."""
+    if args.dtype:
+        return DTYPES[args.dtype]
+    return "bfloat16" if plan.lora is not None and plan.is_half else "float32"
+
+
+def adapt(model: Any, plan: Plan) -> Any:
+    """Make the model ready for the stage, put the adapter on it and freeze what does not learn.
+
+    Args:
+        model: The model.
+        plan: The plan.
+
+    Returns:
+        The model, or the PEFT model around it.
+    """
+    from longvideo.trainers.freezing import set_trainable
+    from longvideo.trainers.sft_trainer import prepare_model
+
+    settings = plan.args
+    if settings.prepare_model is not None:
+        prepare_model(model, settings.prepare_model)
+    if plan.lora is not None:
+        model = add_adapter(model, plan)
+    if any(wish is not None for wish in (settings.trainable_parts, settings.trainable_names, settings.frozen_names)):
+        set_trainable(
+            model, parts=settings.trainable_parts, names=settings.trainable_names, frozen=settings.frozen_names
+        )
+    return model
+
+
+def add_adapter(model: Any, plan: Plan) -> Any:
+    """Put a fresh adapter on a model.
+
+    Args:
+        model: The model.
+        plan: The plan; the recipe's own adapter, or that of the architecture.
+
+    Returns:
+        The PEFT model.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: A setting that adapters do not have.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("Adapters need peft: pip install 'longvideo[train]'.") from error
+    from longvideo.trainers.adapters import lora_config
+
+    try:
+        settings = peft.LoraConfig(**plan.lora) if "lora" in plan.entry else lora_config(model, **plan.lora)
+    except TypeError as error:
+        raise ValueError(f"Settings of the adapter {plan.lora}: {error}.") from error
+    return peft.get_peft_model(model, settings)
+
+
+def describe(plan: Plan, args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Count what the stage takes.
+
+    Args:
+        plan: The plan.
+        args: The parsed arguments.
+
+    Returns:
+        Pairs of name and text.
+    """
+    from longvideo.evaluation import cost_training as cost
+
+    model = make_empty_model(args, plan)
+    config = model.config
+    row, num_rows = count_rows(plan, args, config)
+    settings, step = plan.args, plan.rows_per_step
+    value = 2 if plan.is_half else 4
+    memory = cost.memory_of_training(
+        model,
+        config,
+        row,
+        rows=settings.per_device_train_batch_size,
+        value=value,
+        checkpointing=settings.gradient_checkpointing,
+    )
+    rows_of_step = f"{settings.per_device_train_batch_size} x {settings.gradient_accumulation_steps} accumulated"
+    computing = f"weights {choose_dtype(args, plan)}, computing in {'16 bit' if plan.is_half else 'float32'}"
+    lines = [
+        ("recipe", plan.name),
+        ("model", f"{args.model}, {computing}"),
+        *cost.describe_groups(cost.parameter_groups(model, settings.part_learning_rates)),
+        ("rows per step", f"{step:,}: {rows_of_step} x {plan.num_processes} processes"),
+    ]
+    if num_rows is None:
+        lines.append(("tokens per step", f"{step * row.tokens:,.0f} at most ({row.tokens:,.0f} per row: max_length)"))
+    else:
+        about = f"{row.tokens:,.0f} per row, {row.visual:,.0f} of them visual, {row.supervised:,.0f} supervised"
+        lines.append(("tokens per step", f"{step * row.tokens:,.0f} ({about}; {row.frames:,.0f} frames)"))
+        steps = settings.max_steps if settings.max_steps > 0 else -(-num_rows // step) * settings.num_train_epochs
+        lines.append(("steps", f"{steps:,.0f} ({num_rows:,} rows)"))
+    device_bytes = None if settings.use_cpu else cost.find_device_bytes()
+    lines += cost.describe_memory(memory, device_bytes=device_bytes)
+    return lines + [("note", text) for text in plan.notes]
+
+
+def count_rows(plan: Plan, args: argparse.Namespace, config: "PreTrainedConfig") -> tuple[Any, int | None]:
+    """Count the tokens of the first rows, or take the longest that the stage allows.
+
+    Args:
+        plan: The plan.
+        args: The parsed arguments.
+        config: Configuration of the model.
+
+    Returns:
+        An average row, and the number of rows, None without data.
+    """
+    from transformers import AutoProcessor
+
+    from longvideo.evaluation.cost_training import RowCounts, count_row, mean_counts
+    from longvideo.trainers import VideoSFTCollator
+
+    if not args.data:
+        tokens = plan.args.max_length or config.text_config.max_position_embeddings
+        wishes = plan.args.processor_kwargs or {}
+        frames = wishes.get("num_frames") or wishes.get("max_frames") or 1
+        return RowCounts(tokens, 0, frames, 0), None
+    rows = load_rows(args, config)
+    collator = VideoSFTCollator(
+        AutoProcessor.from_pretrained(find_folder(args.model)),
+        max_length=plan.args.max_length,
+        processor_kwargs=plan.args.processor_kwargs,
+    )
+    first = [_as_answers(rows[index]) for index in range(min(NUM_COUNTED_ROWS, len(rows)))]
+    counts = [count_row(collator([row]), config) for pair in first for row in pair]
+    return mean_counts(counts), len(rows) * len(first[0])
+
+
+def _as_answers(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row as it is, or a pair of answers as two rows."""
+    if "chosen" not in row:
+        return [row]
+    return [{"messages": [*(row.get("prompt") or []), *row[answer]]} for answer in ("chosen", "rejected")]
+
+
+def load_rows(args: argparse.Namespace, config: "PreTrainedConfig") -> Any:
+    """Read all files of rows.
+
+    Args:
+        args: The parsed arguments.
+        config: Configuration of the model: one with coordinate tokens reads times and places in them.
+
+    Returns:
+        A dataset.
+
+    Raises:
+        ValueError: Rows that cannot be used, or none at all, or rows of the other kind.
+    """
+    from longvideo.trainers.data.loading import load_video_rows
+
+    coordinates = "tokens" if getattr(config, "num_temporal_tokens", 0) else "numbers"
+    rows, report = load_video_rows(
+        args.data, format=args.format, media_root=args.media_root, on_error=args.on_error, coordinates=coordinates
+    )
+    if report.problems:
+        print(report.summary())
+    has_pairs = "chosen" in rows.column_names
+    if has_pairs != args.dpo:
+        kind = ("prompt, chosen and rejected", "add --dpo") if has_pairs else ("messages", "leave --dpo out")
+        raise ValueError(f"{args.data[0]} holds rows with {kind[0]}; {kind[1]}, or give other rows.")
+    return rows
+
+
+def train(plan: Plan, args: argparse.Namespace) -> str:
+    """Load, train and save.
+
+    Args:
+        plan: The plan.
+        args: The parsed arguments.
+
+    Returns:
+        The folder with the trained model (or adapter) and its processor.
+
+    Raises:
+        ValueError: Rows, model and recipe that do not fit, or a folder with checkpoints of another run.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from longvideo.trainers import VideoSFTTrainer, find_last_checkpoint
+
+    output = plan.args.output_dir
+    last = find_last_checkpoint(output)
+    if last is not None and not args.resume:
+        raise ValueError(f"{output} holds {Path(last).name} already; go on with --resume, or choose another --output.")
+    if args.resume and last is None:
+        raise ValueError(f"{output} holds no complete checkpoint to go on from; leave --resume out.")
+    folder = find_folder(args.model)
+    config = load_config(args, plan)
+    rows = load_rows(args, config)
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=choose_dtype(args, plan))
+    model = merge_adapters(model, args.merge_adapter)
+    for note in plan.notes:
+        print(f"note: {note}")
+    trainer_class: type = VideoSFTTrainer
+    if args.dpo:
+        from longvideo.trainers.dpo_trainer import VideoDPOTrainer
+
+        trainer_class = VideoDPOTrainer
+    model = adapt(model, plan)
+    trainer = trainer_class(model, plan.args, train_dataset=rows, processing_class=processor)
+    trainer.train(resume_from_checkpoint=args.resume or None)
+    save(trainer, output)
+    return output
+
+
+def merge_adapters(model: "PreTrainedModel", folders: list[str]) -> "PreTrainedModel":
+    """Merge the adapters of earlier stages into a model, in their order."""
+    if folders:
+        from longvideo.trainers.adapters import load_adapter
+
+    for folder in folders:
+        model = load_adapter(model, folder).merge_and_unload()
+    return model
+
+
+def save(trainer: Any, output: str) -> None:
+    """Save the trained model under temporary names first; the file that makes it loadable comes last.
+
+    Args:
+        trainer: The trainer.
+        output: Folder of the run.
+    """
+    os.makedirs(output, exist_ok=True)
+    partial = Path(output, ".saving")
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.save_model(str(partial))
+    if trainer.args.should_save:
+        for file in sorted(partial.iterdir(), key=lambda file: file.name in LAST_FILES):
+            os.replace(file, Path(output, file.name))
+        shutil.rmtree(partial)
+    trainer.accelerator.wait_for_everyone()
