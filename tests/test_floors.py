@@ -37,6 +37,7 @@ COMMANDS = (
     "evaluation/answer_questions.py",
     "evaluation/bench.py",
     "evaluation/demo.py",
+    "evaluation/finetune_gain.py",
     "evaluation/needle_table.py",
 )
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
