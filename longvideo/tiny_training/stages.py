@@ -17,6 +17,7 @@ MOVING_KINDS = ("direction",) * 6 + ("colour", "order", "at_time", "when")
 MOVING = Difficulty(shapes=(1, 1, 2), move=1.0)
 ONE_MOVES = Difficulty(shapes=(1,), timed=False, move=1.0, change=0.0, needle=0.0, durations=(5, 8))
 TWO_MOVE = replace(ONE_MOVES, shapes=(1, 2, 2))
+TWO_COME_AND_GO = replace(TWO_MOVE, timed=True, durations=(5, 20))
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,13 @@ FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2
 # where they come among clips.
 CLIP = Stage("6a-clips", 16_000, 1e-3, "constant_with_warmup", 20, ONE_MOVES, 0.2, 0.1, 0.5, 0.0, num_frames=4)
 MIXED = ((TWO_MOVE, 4), (TWO_MOVE, 8), (TWO_MOVE, None), (MOVING, None))
+COMING = ((TWO_MOVE, None), (TWO_COME_AND_GO, 8), (TWO_COME_AND_GO, None), (MOVING, None), (MOVING, None))
 CLIPS = (
     replace(CLIP, kinds=("direction",)),
     replace(CLIP, name="6b-two-move", num_videos=12_800, difficulty=TWO_MOVE, kinds=("direction",) * 5 + ("colour",)),
     replace(STAGES[5], name="6c-mixed", num_videos=8_000, mixed=MIXED),
-    replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=(*MIXED[2:], ("full", None), ("full", None))),
+    replace(STAGES[5], name="6d-coming-and-going", num_videos=8_000, mixed=COMING),
+    replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=((MOVING, None), *(("full", None),) * 3)),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
