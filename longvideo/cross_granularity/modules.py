@@ -1,0 +1,449 @@
+"""Overview and detail modules made from models: any model of the package by its pipeline, CrossVLLM by granularity."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
+from longvideo.cross_granularity.sources import SourceFrames, cut_of, source_key
+from longvideo.cross_granularity.trace import Module, ModuleCall, ModuleName
+from longvideo.pipelines import accounting, grounding
+from longvideo.pipelines.encoding import SharedVideo
+
+BATCH_SIZE = 4
+KEPT_VIDEOS = 4
+READ_FRAMES = 32
+
+
+class PipelineModule:
+    """Asks any model of the package.
+
+    Whole videos that come again, in a later round or with another question, are encoded once.
+
+    Args:
+        pipe: Video question answering pipeline.
+        batch_size: Calls that are padded to one batch; with 1 each is worked off by the pipeline itself, which reads
+            long videos window by window.
+        **options: Arguments of every call: `num_frames`, `max_frames`, `max_new_tokens`, settings of `generate`.
+
+    Raises:
+        ValueError: The processor does not belong to the model.
+    """
+
+    def __init__(self, pipe: Any, *, batch_size: int = 1, **options: Any) -> None:
+        check_batch_size(batch_size)
+        check_pair(pipe)
+        self.pipe, self.batch_size, self.options = pipe, batch_size, options
+        self.shared: OrderedDict[str, tuple[Any, SharedVideo]] = OrderedDict()
+
+    def __call__(self, calls: Sequence[ModuleCall]) -> list[str]:
+        """Ask the model.
+
+        Args:
+            calls: What it is asked.
+
+        Returns:
+            One text each.
+        """
+        for call in calls:
+            check_placeholders(self.pipe.processor, call.source.question)
+        with fewer_frames_allowed():
+            if self.batch_size == 1:
+                return [self._ask(call) for call in calls]
+            return [text for part in parts_of(calls, self.batch_size) for text in self._ask_together(part)]
+
+    def _ask(self, call: ModuleCall) -> str:
+        row: dict[str, Any] = {"messages": self._messages(call)}
+        if call.segment is None:
+            row["shared"] = self._share(call.source.video)
+        return self.pipe(row, **self.options)["answer"]
+
+    def _messages(self, call: ModuleCall) -> list[dict[str, Any]]:
+        return messages_of(call, self.pipe.processor)
+
+    def _share(self, video: Any) -> SharedVideo:
+        key = source_key(video)
+        # The video is kept with its features: the name of one in memory is its address.
+        kept = self.shared.pop(key, None) or (video, SharedVideo())
+        self.shared[key] = kept
+        while len(self.shared) > KEPT_VIDEOS:
+            self.shared.popitem(last=False)
+        return kept[1]
+
+    def _ask_together(self, calls: Sequence[ModuleCall]) -> list[str]:
+        pipe = self.pipe
+        preprocess, forward, _ = pipe._sanitize_parameters(**self.options)
+        sampling = {key: value for key, value in preprocess.items() if key != "processor_kwargs"}
+        encoded = pipe.processor.apply_chat_template(
+            [self._messages(call) for call in calls],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={
+                "return_tensors": "pt",
+                "padding": True,
+                "padding_side": "left",
+                **sampling,
+                **(preprocess.get("processor_kwargs") or {}),
+            },
+        )
+        tensors = {key: pipe._cast(key, value) for key, value in encoded.items() if isinstance(value, torch.Tensor)}
+        return generate_texts(pipe, tensors, forward.get("generate_kwargs"))
+
+
+class GranularityModule:
+    """Asks a CrossVLLM in one granularity; both of its modules share the tower's features of every frame.
+
+    Args:
+        pipe: Video question answering pipeline of a CrossVLLM.
+        granularity: "coarse" or "fine".
+        frames: Features that both modules share.
+        batch_size: Calls that are padded to one batch.
+        **options: Arguments of every call: `num_frames`, `max_frames`, `max_new_tokens`, settings of `generate`.
+
+    Raises:
+        ValueError: The processor does not belong to the model.
+
+    Source: CrossVLLM Sec. 3.1: one frozen tower, two granularities.
+    """
+
+    def __init__(
+        self, pipe: Any, granularity: str, frames: "SeenFrames", *, batch_size: int = BATCH_SIZE, **options: Any
+    ) -> None:
+        check_batch_size(batch_size)
+        check_pair(pipe)
+        self.pipe, self.granularity, self.frames, self.batch_size = pipe, granularity, frames, batch_size
+        preprocess, forward, _ = pipe._sanitize_parameters(**options)
+        wishes = {**preprocess, **(preprocess.pop("processor_kwargs", None) or {})}
+        self.wishes = {**wishes, "granularity": granularity}
+        self.generate_kwargs = {**(forward.get("generate_kwargs") or {}), "granularity": granularity}
+
+    def __call__(self, calls: Sequence[ModuleCall]) -> list[str]:
+        """Ask the model.
+
+        Args:
+            calls: What it is asked.
+
+        Returns:
+            One text each.
+        """
+        for call in calls:
+            check_placeholders(self.pipe.processor, call.source.question)
+        with fewer_frames_allowed():
+            return [text for part in parts_of(calls, self.batch_size) for text in self._ask_together(part)]
+
+    def _ask_together(self, calls: Sequence[ModuleCall]) -> list[str]:
+        processor = self.pipe.processor
+        features = [self.frames.look(call, self.wishes) for call in calls]
+        stride = {name: self.wishes.get(name) for name in ("granularity", "spatial_pool_stride")}
+        prompts = [
+            processor.prompt_of(messages_of(call, processor), [len(seen)], **stride)
+            for call, seen in zip(calls, features, strict=True)
+        ]
+        tokens = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        tensors = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        settings = {**self.generate_kwargs, "vision_features": features}
+        return generate_texts(self.pipe, tensors, settings)
+
+
+class SeenFrames:
+    """The tower's features of frames, for both granularities and all rounds.
+
+    Args:
+        pipe: Video question answering pipeline of a CrossVLLM.
+        cache: Features by source and frame index; the model's kind.
+
+    Attributes:
+        num_decoded: Frames that went through decoder and tower so far.
+    """
+
+    def __init__(self, pipe: Any, cache: Any) -> None:
+        self.pipe, self.cache = pipe, cache
+        self.sources: dict[str, SourceFrames] = {}
+        self.num_decoded = 0
+
+    @torch.no_grad()
+    def look(self, call: ModuleCall, wishes: Mapping[str, Any]) -> torch.Tensor:
+        """Give the features of what a call is about; only frames that nobody has seen are read.
+
+        Args:
+            call: Its source and segment.
+            wishes: Options of the video processor.
+
+        Returns:
+            (F, P, E) patch features.
+        """
+        processor, key = self.pipe.processor.video_processor, source_key(call.source.video)
+        if key not in self.sources:
+            self.sources[key] = SourceFrames(call.source.video, call.source.metadata)
+        source = self.sources[key]
+        indices = source.choose(processor, call.segment, **wishes)
+        for part in parts_of(self.cache.missing(key, indices), READ_FRAMES):
+            pixels = self.pipe._cast("pixel_values_videos", source.read(processor, part)).to(self.pipe.device)
+            self.pipe.model.get_vision_features(pixels[None], cache=self.cache, sources=[key], frame_indices=[part])
+            self.num_decoded += len(part)
+        return self.cache.gather(key, indices)
+
+    def forget(self) -> None:
+        """Drop all features and facts, before other videos are asked about."""
+        self.cache.clear()
+        self.sources.clear()
+
+
+def granularity_modules(
+    pipe: Any, *, coarse_options: Mapping[str, Any] | None = None, fine_options: Mapping[str, Any] | None = None
+) -> tuple[GranularityModule, GranularityModule]:
+    """Make both modules of a CrossVLLM.
+
+    Args:
+        pipe: Its video question answering pipeline.
+        coarse_options: Arguments of the overview module, see `GranularityModule`.
+        fine_options: Arguments of the detail module.
+
+    Returns:
+        Overview and detail module, which share the features of frames.
+    """
+    from longvideo.modeling.crossvllm.frame_cache_crossvllm import FrameFeatureCache
+
+    frames = SeenFrames(pipe, FrameFeatureCache())
+    options = {"coarse": coarse_options or {}, "fine": fine_options or {}}
+    return tuple(GranularityModule(pipe, name, frames, **options[name]) for name in ("coarse", "fine"))
+
+
+def make_controller(
+    coarse: Any,
+    fine: Any = None,
+    rules: ControllerRules | None = None,
+    *,
+    coarse_options: Mapping[str, Any] | None = None,
+    fine_options: Mapping[str, Any] | None = None,
+    **load_options: Any,
+) -> CrossGranularityController:
+    """Join two models, of whatever architectures, to a controller.
+
+    Args:
+        coarse: Overview module: folder or Hub id of a model, a pipeline, or a callable that takes a list of
+            `ModuleCall` and gives as many texts.
+        fine: Detail module, alike; None where `coarse` is a CrossVLLM, which is both.
+        rules: How the controller goes on and when it stops.
+        coarse_options: Arguments of every call of the overview module: `num_frames`, `max_new_tokens`, `batch_size`.
+        fine_options: The same for the detail module.
+        **load_options: `device` and `dtype` of models that are named.
+
+    Returns:
+        The controller.
+
+    Raises:
+        ValueError: One model is given that has no granularities, or options come with a callable.
+    """
+    given = {"coarse": coarse_options or {}, "fine": fine_options or {}}
+    first = load_pipe(coarse, load_options)
+    # Equal names are loaded once.
+    is_same = fine is None or fine is coarse or (isinstance(fine, str) and fine == coarse)
+    second = first if is_same else load_pipe(fine, load_options)
+    if fine is None and not has_granularities(first):
+        raise ValueError(
+            "One model was given for both modules, but it has no granularities. Give a second one for the detail "
+            "module, which may be the same, or take a crossvllm model."
+        )
+    if is_same and has_granularities(first):
+        modules = granularity_modules(first, coarse_options=given["coarse"], fine_options=given["fine"])
+    else:
+        modules = as_module(first, "coarse", given["coarse"]), as_module(second, "fine", given["fine"])
+    return CrossGranularityController(*modules, rules)
+
+
+def load_pipe(model: Any, load_options: Mapping[str, Any]) -> Any:
+    """Load a model that is named.
+
+    Args:
+        model: Folder or Hub id, pipeline or callable.
+        load_options: `device` and `dtype`.
+
+    Returns:
+        A pipeline or the callable.
+    """
+    from longvideo.pipelines import load_pipeline
+
+    return model if callable(model) else load_pipeline(model, **load_options)
+
+
+def as_module(model: Any, name: ModuleName, options: Mapping[str, Any]) -> Module:
+    """Make a module from a pipeline.
+
+    Args:
+        model: Pipeline, or a callable that is a module already.
+        name: Which module.
+        options: Arguments of every call.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: Options came with a callable.
+    """
+    if not hasattr(model, "processor"):
+        if options:
+            raise ValueError(
+                f"Options {sorted(options)} were given for the {name} module, which is a callable of yours."
+            )
+        return model
+    if has_granularities(model):
+        return granularity_modules(model, **{f"{name}_options": options})[name == "fine"]
+    return PipelineModule(model, **options)
+
+
+def has_granularities(pipe: Any) -> bool:
+    """Say whether a pipeline's model sees videos in two granularities.
+
+    Args:
+        pipe: A pipeline.
+
+    Returns:
+        True where model and processor can switch.
+    """
+    return hasattr(getattr(pipe, "model", None), "use_granularity") and hasattr(pipe.processor, "prompt_of")
+
+
+def messages_of(call: ModuleCall, processor: Any) -> list[dict[str, Any]]:
+    """Write a call as a chat.
+
+    Args:
+        call: What is asked.
+        processor: Whose placeholders must not stand in the text.
+
+    Returns:
+        One message: the video, then the text.
+    """
+    start, end = cut_of(call.segment, call.source.duration)
+    options = {"video_start": start, "video_end": end, "video_metadata": call.source.metadata}
+    block = {"type": "video", "video": call.source.video}
+    block.update({name: value for name, value in options.items() if value is not None})
+    text = call.prompt
+    for token in placeholders_of(processor):
+        # A module may have written one into its reflection.
+        text = text.replace(token, "")
+    return [{"role": "user", "content": [block, {"type": "text", "text": text}]}]
+
+
+def placeholders_of(processor: Any) -> list[str]:
+    """List the placeholders of a processor.
+
+    Args:
+        processor: The processor.
+
+    Returns:
+        Its video and image token.
+    """
+    return [token for token in (getattr(processor, f"{kind}_token", None) for kind in ("video", "image")) if token]
+
+
+def check_placeholders(processor: Any, question: str) -> None:
+    """Check that a question holds no placeholder.
+
+    Args:
+        processor: The processor.
+        question: The question.
+
+    Raises:
+        ValueError: It does.
+    """
+    for token in placeholders_of(processor):
+        if token in question:
+            raise ValueError(f"The question contains {token}, which stands for a video or an image; leave it out.")
+
+
+def check_pair(pipe: Any) -> None:
+    """Check that a processor writes the placeholders that its model looks for.
+
+    Args:
+        pipe: Pipeline.
+
+    Raises:
+        ValueError: The processor's tokenizer is another model's.
+    """
+    config, processor = pipe.model.config, pipe.processor
+    rows = pipe.model.get_input_embeddings().weight.shape[0]
+    for name in ("video_token_id", "image_token_id"):
+        wanted, found = getattr(config, name, None), getattr(processor, name, None)
+        if wanted is not None and found is not None and wanted != found:
+            raise ValueError(
+                f"The {config.model_type} model has {name} {wanted}, its processor's tokenizer {found}: the processor "
+                "is another model's. Load model and processor from the same checkpoint; the two modules may have "
+                "different tokenizers, they exchange texts."
+            )
+    words = set(processor.tokenizer.get_vocab().values()) - {getattr(processor, "video_token_id", None)}
+    highest = max(words - {getattr(processor, "image_token_id", None)})
+    if highest >= rows:
+        raise ValueError(
+            f"The processor's tokenizer has ids up to {highest}, the {config.model_type} model embeds {rows}: the "
+            "processor is another model's. Load model and processor from the same checkpoint."
+        )
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Check a batch size.
+
+    Args:
+        batch_size: Calls per batch.
+
+    Raises:
+        ValueError: It is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+
+
+def generate_texts(
+    pipe: Any, tensors: dict[str, torch.Tensor], generate_kwargs: Mapping[str, Any] | None
+) -> list[str]:
+    """Let a model answer a padded batch.
+
+    Args:
+        pipe: Pipeline with model, processor and settings.
+        tensors: Inputs of `generate`, padded on the left.
+        generate_kwargs: Settings of `generate`.
+
+    Returns:
+        One text per row.
+
+    Raises:
+        ValueError: A prompt does not fit the model.
+    """
+    settings = {**pipe._generate_settings(dict(generate_kwargs or {})), "return_dict_in_generate": False}
+    length = tensors["input_ids"].shape[1]
+    for ids_S, mask_S in zip(tensors["input_ids"], tensors["attention_mask"], strict=True):
+        row = {"input_ids": ids_S[mask_S.bool()][None]}
+        accounting.check_budget(row, pipe.model.config, pipe._max_new_tokens(settings, row["input_ids"].shape[1]))
+    with pipe.device_placement(), torch.no_grad():
+        on_device = {name: value.to(pipe.device) for name, value in tensors.items()}
+        ids_BS = pipe.model.generate(**on_device, **settings)
+    if ids_BS.shape[1] >= length:
+        ids_BS = ids_BS[:, length:]
+    hidden = grounding.hidden_ids(pipe.processor, pipe.model.generation_config)
+    return [grounding.decode_answer(pipe.processor, ids_S, hidden) for ids_S in ids_BS]
+
+
+def parts_of(values: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    """Cut a sequence into parts.
+
+    Args:
+        values: The sequence.
+        size: Values per part.
+
+    Returns:
+        The parts in order.
+    """
+    return (values[begin : begin + size] for begin in range(0, len(values), size))
+
+
+@contextmanager
+def fewer_frames_allowed() -> Any:
+    """Hush the warning that a segment has fewer frames than asked for: the paper takes the lesser of both."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"num_frames=\d+ is more than the \d+ frames")
+        yield
