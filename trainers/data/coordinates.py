@@ -91,8 +91,13 @@ def extract_variables(turns: Sequence[tuple[str, str]]) -> tuple[list[tuple[str,
 
 
 def as_numbers(text: str) -> str:
-    """Write coordinates as plain fractions, for models without coordinate tokens."""
-    return COORDINATE.sub(lambda match: match["value"] or match["number"] or match[0], text)
+    """Write coordinates as plain fractions, for models without coordinate tokens; neighbours get a comma between."""
+    pieces, last = [], 0
+    for match in COORDINATE.finditer(text):
+        pieces += [", " if last and last == match.start() else text[last : match.start()]]
+        pieces += [match["value"] or match["number"] or match[0]]
+        last = match.end()
+    return "".join([*pieces, text[last:]])
 
 
 def fill_names(role: str, text: str, meta: Mapping[str, Any]) -> str:

@@ -113,7 +113,7 @@ def read_trl(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
     }
     cut_media(media, row)
     if row.get("messages") is not None:
-        return _complete(row, {"messages": _read_messages(row["messages"], media)})
+        return _complete(row, {"messages": _read_messages(row["messages"], media)}, meta=row.get("meta"))
     lists = {}
     for name in ("prompt", "completion", "chosen", "rejected"):
         role = "user" if name == "prompt" else "assistant"
@@ -324,4 +324,4 @@ def _complete(
     if "prompt" in lists and not any(entry["role"] == "user" for entry in lists["prompt"]):
         raise ValueError("a preference row has no question that both answers share")
     identity = {} if row.get("id") is None else {"id": str(row["id"])}
-    return {**identity, **lists, **({"meta": dict(meta)} if meta else {})}
+    return {**identity, **lists, **({"meta": dict(meta)} if isinstance(meta, Mapping) and meta else {})}

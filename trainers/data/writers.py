@@ -112,7 +112,9 @@ def write_trl(row: Mapping[str, Any]) -> Written:
             written[name].append({"role": entry["role"], "content": content})
     if images:
         written["images"] = images
-    return written, ["meta"] if row.get("meta") else []
+    if row.get("meta"):
+        written["meta"] = row["meta"]
+    return written, []
 
 
 def write_ms_swift(row: Mapping[str, Any]) -> Written:
