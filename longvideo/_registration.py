@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 AUTO = "transformers.models.auto."
-ARCHITECTURES = ("videochat_flash", "longvu", "llava_st", "crosslmm")
+ARCHITECTURES = ("videochat_flash", "longvu", "llava_st", "crosslmm", "crossvllm")
 
 
 def _register_configurations() -> None:
