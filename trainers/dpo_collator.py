@@ -9,20 +9,16 @@ Shape legend: P pairs, S sequence.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
-from longvideo.trainers.collators import (
-    IGNORE_INDEX,
-    VideoSFTCollator,
-    _concatenate_visuals,
-    check_batch,
-    normalize_messages,
-)
+from longvideo.trainers.batch_checks import BatchFacts, check_batch
+from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, _concatenate_visuals, _num_frames
 from longvideo.trainers.dpo_config import PADDING_SIDES
+from longvideo.trainers.message_rows import describe_row, normalize_messages, visual_blocks
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 _SIDES = ("chosen", "rejected")
@@ -33,36 +29,23 @@ _CONTEXT = "is_context"
 class VideoDPOCollator(VideoSFTCollator):
     """Turn rows with two answers into a batch: first all chosen, then all rejected, the visuals of each prompt once.
 
+    Both answers of a row get the same frames, as few as the longer one leaves room for.
+
     Args:
         processor: Processor with a chat template, `apply_chat_template` and a fast tokenizer.
-        max_length: Most tokens of a prompt with an answer (see `VideoSFTCollator`).
         padding_side: "left" lets the answers end together, so that a model computes logits of few positions; "right"
             as in supervised finetuning.
-        chat_template: Template to use in place of the processor's own.
-        processor_kwargs: Passed to the processor for every row, for example `{"max_frames": 64}`.
-        pad_to_multiple_of: Round the padded length up to a multiple of this many tokens.
+        **kwargs: What `VideoSFTCollator` takes, but for `mask`, `label_rule` and `blank_image_position`.
 
     Raises:
-        ValueError: An unknown padding side.
+        ValueError: An unknown padding side, or as `VideoSFTCollator` says.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        *,
-        max_length: int | None = None,
-        padding_side: str = "left",
-        chat_template: str | None = None,
-        processor_kwargs: Mapping[str, Any] | None = None,
-        pad_to_multiple_of: int | None = None,
-    ) -> None:
-        super().__init__(
-            processor,
-            max_length=max_length,
-            chat_template=chat_template,
-            processor_kwargs=processor_kwargs,
-            pad_to_multiple_of=pad_to_multiple_of,
-        )
+    def __init__(self, processor: Any, *, padding_side: str = "left", **kwargs: Any) -> None:
+        unfit = {"mask", "label_rule", "blank_image_position"} & set(kwargs)
+        if unfit:
+            raise ValueError(f"{sorted(unfit)} are settings of supervised finetuning; leave them out for preferences.")
+        super().__init__(processor, **kwargs)
         if padding_side not in PADDING_SIDES:
             raise ValueError(f"padding_side={padding_side!r} is unknown; use one of {PADDING_SIDES}.")
         self.padding_side = padding_side
@@ -81,10 +64,27 @@ class VideoDPOCollator(VideoSFTCollator):
             them.
 
         Raises:
+            BadMediaError: A video or image cannot be read, and `on_bad_video` is "raise".
             ValueError: A row without pair, with an empty answer, media in an answer, or references in some rows only.
         """
-        pairs = [self._encode_pair(row, _describe_pair(row, position)) for position, row in enumerate(rows)]
-        encoded = [pair[side] for side in range(2) for pair in pairs]
+        names, encoded, num_skipped = self._encode_rows(rows)
+        rejected = [row.pop("rejected") for row in encoded]
+        references = [row.pop("references") for row in encoded]
+        batch = self._pad_answers([*encoded, *rejected])
+        batch.update(_concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
+        entries = [entry for row in encoded for entry in row.get("encoded_videos", ())]
+        if entries:
+            batch["encoded_videos"] = entries
+        facts = BatchFacts(tuple(names), num_skipped)
+        check_batch(
+            {**batch, "batch_facts": facts}, video_token_id=self.video_token_id, image_token_id=self.image_token_id
+        )
+        if self.with_facts:
+            batch["batch_facts"] = facts
+        batch.update(_join_references(references, names))
+        return batch
+
+    def _pad_answers(self, encoded: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self._pad_sequences(encoded)
         if self.padding_side == "left":
             lengths = [row["input_ids"].shape[1] for row in encoded]
@@ -93,30 +93,36 @@ class VideoDPOCollator(VideoSFTCollator):
         batch["prompt_mask"] = (labelled_BS.cumsum(1) == 0) & batch["attention_mask"].bool()
         answers_B = batch["attention_mask"].sum(1) - batch["prompt_mask"].sum(1)
         batch["answer_room"] = answers_B.view(2, -1).amax(0).repeat(2)
-        batch.update(self._collect_visuals([chosen for chosen, _ in pairs]))
-        check_batch(batch, video_token_id=self.video_token_id, image_token_id=self.image_token_id)
         if self.padding_side == "left":
             # The position before the first label predicts it.
             first = int(labelled_BS.any(0).int().argmax())
             batch["logits_to_keep"] = labelled_BS.shape[1] - first + 1
-        batch.update(_collect_references(rows))
         return batch
 
-    def _collect_visuals(self, encoded: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-
-        return _concatenate_visuals(encoded, flat_videos=self._has_flat_videos)
-
-    def _encode_pair(self, row: Mapping[str, Any], where: str) -> tuple[dict[str, torch.Tensor], ...]:
+    def _encode_row(self, row: Mapping[str, Any], where: str, *, num_frames: int | None = None) -> dict[str, Any]:
+        """Returns what the chosen answer is for the model, with `rejected` and `references` beside."""
         prompt, answers = split_pair(row, where=where)
-        context = [{**message, _CONTEXT: True} for message in normalize_messages({**row, "messages": prompt})]
-        encoded = []
-        # The second answer gets the visuals that were read for the first one.
-        with visuals_read_once(self.processor):
-            for side, answer in zip(_SIDES, answers, strict=True):
-                here = f"{where}, {side} answer,"
-                messages = [*context, *normalize_messages({"messages": answer}, where=here)]
-                encoded.append(self._encode_row({"messages": messages}, here))
-        return tuple(encoded)
+        media = {key: row[key] for key in ("videos", "images") if key in row}
+        context = [
+            {**message, _CONTEXT: True} for message in normalize_messages({**media, "messages": prompt}, where=where)
+        ]
+        conversations = []
+        for side, answer in zip(_SIDES, answers, strict=True):
+            here = f"{where}, {side} answer"
+            conversations.append(
+                ({"messages": [*context, *normalize_messages({"messages": answer}, where=here)]}, here)
+            )
+
+        # The second answer gets the visuals that were read for the first one. Stored features are read fast as it is.
+        with visuals_read_once(self.processor) if self.encoded_features is None else nullcontext():
+            encode = super()._encode_row
+            encoded = [encode(*conversation, num_frames=num_frames) for conversation in conversations]
+            frames = [_num_frames(output) for output in encoded]
+            if frames[0] != frames[1]:
+                least = min(min(frames[0]), min(frames[1]))
+                encoded = [encode(*conversation, num_frames=least) for conversation in conversations]
+        chosen, rejected = encoded
+        return {**chosen, "rejected": rejected, "references": _read_references(row, where)}
 
     def _answer_spans(self, messages: list[dict[str, Any]], where: str) -> list[tuple[int, int]]:
         spans = super()._answer_spans(messages, where)
@@ -172,11 +178,9 @@ def split_pair(
                 f"{where}: `{side}` begins with a message of {answer[0].get('role')!r}. Give the answer alone there "
                 "(role 'assistant') and everything before it as `prompt`."
             )
-        for message in answer:
-            content = message.get("content")
-            kinds = [block.get("type") for block in content] if isinstance(content, list) else []
-            if {"video", "image"} & set(kinds):
-                raise ValueError(f"{where}: `{side}` holds a video or an image. Visuals belong into the prompt.")
+        blocks = [message["content"] for message in answer if isinstance(message.get("content"), list)]
+        if any(visual_blocks([{"content": content} for content in blocks])):
+            raise ValueError(f"{where}: `{side}` holds a video or an image. Visuals belong into the prompt.")
     return prompt, (chosen, rejected)
 
 
@@ -187,12 +191,12 @@ def visuals_read_once(processor: Any) -> Iterator[None]:
     Args:
         processor: Processor with the usual hooks for images and videos; another one reads them every time.
     """
-    known: dict[tuple[str, str], Any] = {}
+    known: dict[tuple[str, str, str], Any] = {}
 
     def remember(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         def once(visuals: Any, **kwargs: Any) -> Any:
-            # Keyed by the very objects: only the second answer of the same prompt brings them again.
-            key = (name, _fingerprint(visuals))
+            # Keyed by the very objects: only the other answer to the same prompt brings them again.
+            key = (name, _fingerprint(visuals), repr(kwargs))
             if key not in known:
                 known[key] = (read(visuals, **kwargs), visuals)
             processed, texts = known[key][0]
@@ -240,25 +244,51 @@ def _move_right(rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return torch.stack([row.roll(len(row) - length) for row, length in zip(rows, lengths, strict=True)])
 
 
-def _collect_references(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    present = [position for position, row in enumerate(rows) if all(row.get(x) is not None for x in REFERENCE_COLUMNS)]
-    if not present:
-        return {}
-    if len(present) < len(rows):
-        lacking = next(position for position in range(len(rows)) if position not in present)
+def _read_references(row: Mapping[str, Any], where: str) -> tuple[float, ...] | None:
+    given = [row.get(name) for name in REFERENCE_COLUMNS]
+    if all(value is None for value in given):
+        return None
+    if any(value is None or not math.isfinite(float(value)) for value in given):
         raise ValueError(
-            f"{_describe_pair(rows[lacking], lacking)} has no {' and '.join(REFERENCE_COLUMNS)}, other rows have "
-            "them. Compute them for the whole dataset (VideoDPOTrainer.compute_reference) or take the columns out."
+            f"{where}: {' and '.join(REFERENCE_COLUMNS)} are {given}, not two finite numbers. Compute them again for "
+            "the whole dataset (VideoDPOTrainer.compute_reference) or take the columns out."
         )
-    for position, row in enumerate(rows):
-        if not all(math.isfinite(float(row[name])) for name in REFERENCE_COLUMNS):
-            raise ValueError(
-                f"{_describe_pair(row, position)}: {REFERENCE_COLUMNS} are {[row[x] for x in REFERENCE_COLUMNS]}, not "
-                "finite numbers. Compute them again."
-            )
-    return {name: torch.tensor([float(row[name]) for row in rows]) for name in REFERENCE_COLUMNS}
+    return tuple(float(value) for value in given)
 
 
-def _describe_pair(row: Any, position: int) -> str:
-    name = row.get("id") if isinstance(row, Mapping) else None
-    return f"Row {position} of the batch" + (f" (id {name!r})" if name is not None else "")
+def _join_references(references: list[tuple[float, ...] | None], names: list[str]) -> dict[str, torch.Tensor]:
+    present = [reference is not None for reference in references]
+    if not any(present):
+        return {}
+    if not all(present):
+        raise ValueError(
+            f"{names[present.index(False)]} has no {' and '.join(REFERENCE_COLUMNS)}, other rows have them. Compute "
+            "them for the whole dataset (VideoDPOTrainer.compute_reference) or take the columns out."
+        )
+    return {
+        name: torch.tensor(column)
+        for name, column in zip(REFERENCE_COLUMNS, zip(*references, strict=True), strict=True)
+    }
+
+
+def as_conversation(row: Mapping[str, Any], position: int = 0) -> dict[str, Any]:
+    """Join a prompt and the longer answer, for whatever estimates the length of a row.
+
+    Args:
+        row: Row with a pair of answers.
+        position: Zero-based index of the row, for errors.
+
+    Returns:
+        Row with `messages`, and the media of the prompt.
+    """
+    prompt, answers = split_pair(row, where=describe_row(row, position))
+    kept = {key: value for key, value in row.items() if key not in ("prompt", *_SIDES)}
+    return {**kept, "messages": [*prompt, *max(answers, key=_num_characters)]}
+
+
+def _num_characters(messages: list[dict[str, Any]]) -> int:
+    contents = [message.get("content") or "" for message in messages]
+    return sum(
+        len(content) if isinstance(content, str) else sum(len(block.get("text") or "") for block in content)
+        for content in contents
+    )

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from longvideo.trainers.collators import check_batch
-from longvideo.trainers.dpo_collator import REFERENCE_COLUMNS, VideoDPOCollator
+from longvideo.trainers.bad_media import BadMediaLog
+from longvideo.trainers.batch_checks import BatchFacts, check_batch, check_loss
+from longvideo.trainers.dpo_collator import REFERENCE_COLUMNS, VideoDPOCollator, as_conversation
 from longvideo.trainers.dpo_config import VideoDPOConfig
 from longvideo.trainers.dpo_loss import PreferenceLoss, answer_log_probs, dpo_loss, label_log_probs
 from longvideo.trainers.dpo_visuals import (
@@ -17,8 +18,8 @@ from longvideo.trainers.dpo_visuals import (
     encode_pairs,
     has_frozen_towers,
     have_same_towers,
-    is_peft_model,
 )
+from longvideo.trainers.freezing import is_peft_model
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, _num_inserted
 
 # Entries of a batch that are not for the model.
@@ -188,7 +189,7 @@ class VideoDPOTrainer(VideoSFTTrainer):
             tokens of an answer. The reference is that of training; a model without any is its own, as it is now.
 
         Raises:
-            ValueError: A dataset without length.
+            ValueError: A dataset without length, or rows that cannot be read.
         """
         if not hasattr(dataset, "__len__"):
             raise ValueError(
@@ -197,7 +198,15 @@ class VideoDPOTrainer(VideoSFTTrainer):
             )
         columns: tuple[list[float], list[float]] = ([], [])
         for inputs in self.get_test_dataloader(dataset):
-            scores = self._reference_scores(self.model, self._prepare_inputs(inputs))
+            inputs = self._prepare_inputs(inputs)
+            facts = inputs.pop("batch_facts", None)
+            if facts is not None and facts.num_skipped:
+                raise ValueError(
+                    f"{facts.num_skipped} of the rows beside {'; '.join(facts.rows)} cannot be read, so they get no "
+                    "reference. Take them out of the dataset; `longvideo data check` lists them."
+                )
+            self._use_encoded(inputs)
+            scores = self._reference_scores(self.model, inputs)
             gathered = self.accelerator.gather_for_metrics((scores.chosen, scores.rejected))
             for column, values in zip(columns, gathered, strict=True):
                 column.extend(values.tolist())
@@ -217,6 +226,13 @@ class VideoDPOTrainer(VideoSFTTrainer):
         if isinstance(dataset, dict):
             return {name: self._precomputed(part) for name, part in dataset.items()}
         return None if dataset is None else self.compute_reference(dataset)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        is_grouped = self.args.train_sampling_strategy == "group_by_length" and hasattr(rows, "__len__")
+        has_lengths = self.args.length_column_name in (getattr(rows, "column_names", None) or ())
+        # Lengths are estimated of rows with messages.
+        return super()._get_train_sampler(_Conversations(rows) if is_grouped and not has_lengths else rows)
 
     # ------------------------------------------------------------------ scores and loss
 
@@ -278,9 +294,13 @@ class VideoDPOTrainer(VideoSFTTrainer):
             The loss, or the loss and what it is made of.
 
         Raises:
+            FloatingPointError: The loss of a batch of training is no number.
             ValueError: See `check_batch`, or no reference.
         """
         config = self.model.config
+        inputs = dict(inputs)
+        facts = inputs.pop("batch_facts", None) or BatchFacts(())
+        num_frames = self._use_encoded(inputs)
         counts = check_batch(
             inputs,
             video_token_id=getattr(config, "video_token_id", None),
@@ -298,9 +318,6 @@ class VideoDPOTrainer(VideoSFTTrainer):
             label_smoothing=self.args.label_smoothing,
             loss_type=self.args.loss_type,
         )
-        if self.model.training:
-            self._window_frames += counts.frames
-            self._window_visual_tokens += counts.placeholders + self._num_inserted
         self._remember("train" if self.model.training else "eval", policy, result)
         if num_items_in_batch is None:
             loss = result.losses.mean()
@@ -308,6 +325,12 @@ class VideoDPOTrainer(VideoSFTTrainer):
             loss = result.losses.sum() / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 loss = loss * self.accelerator.num_processes
+        if self.model.training:
+            check_loss(loss, step=self.state.global_step + 1, rows=facts.rows)
+            self._gradient_guard.rows += facts.rows
+            self._num_skipped += facts.num_skipped
+            self._window_frames += counts.frames + num_frames
+            self._window_visual_tokens += counts.placeholders + self._num_inserted
         return (loss, result) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -381,5 +404,25 @@ def _default_collator(processor: Any, args: VideoDPOConfig) -> VideoDPOCollator:
     if processor is None:
         raise ValueError("Give processing_class=<processor> (it makes the batches), or your own data_collator.")
     return VideoDPOCollator(
-        processor, max_length=args.max_length, padding_side=args.padding_side, processor_kwargs=args.processor_kwargs
+        processor,
+        max_length=args.max_length,
+        padding_side=args.padding_side,
+        processor_kwargs=args.processor_kwargs,
+        max_frames_per_row=args.max_frames_per_row,
+        on_bad_video=args.on_bad_video,
+        bad_videos=BadMediaLog(args.output_dir),
+        with_facts=True,
     )
+
+
+class _Conversations:
+    """Rows of pairs as rows of messages, made when asked for."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return as_conversation(self.rows[position], position)

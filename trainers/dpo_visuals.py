@@ -10,7 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import is_peft_available
 
-from longvideo.trainers.sft_config import PART_MODULES
+from longvideo.trainers.freezing import PART_MODULES, is_peft_model
 
 # Method that encodes, and its main argument, by kind of visual.
 _ENCODERS = {"video": ("get_video_features", "pixel_values_videos"), "image": ("get_image_features", "pixel_values")}
@@ -23,15 +23,6 @@ _NOT_REPEATED = ("last_hidden_state", "hidden_states", "attentions")
 def bare_model(model: nn.Module) -> nn.Module:
     """Find the model of this library inside of a PEFT model; any other one is returned as it is."""
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def is_peft_model(model: nn.Module) -> bool:
-    """Say whether a model is a PEFT model."""
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def repeat_outputs(outputs: ModelOutput, times: int = 2) -> ModelOutput:
