@@ -148,7 +148,9 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
         False when one has a NaN or an infinity.
     """
     finite: dict[torch.device, torch.Tensor] = {}
-    for norm in torch._foreach_norm(tensors, float("inf")):
+    # A process may hold no piece of a small sharded tensor.
+    present = [tensor for tensor in tensors if tensor.numel()]
+    for norm in torch._foreach_norm(present, float("inf")) if present else ():
         known = finite.get(norm.device)
         finite[norm.device] = norm.isfinite() if known is None else known & norm.isfinite()
     return all(bool(value) for value in finite.values())

@@ -1,7 +1,7 @@
 """liger-kernel on our models: its kernels in the text model, and the loss fused with the head.
 
 liger-kernel looks a model up by its `model_type` and knows none of ours, so that `use_liger_kernel=True` would do
-nothing, silently. The decoder inside is a model that it knows. The head and the loss are ours: while a model trains, the
+nothing, silently. The decoder inside is a model that it knows. Head and loss are ours: while a model trains, the
 head hands hidden states on, and liger's fused linear cross entropy takes them together with the labels that the model
 itself made to fit, whatever it did to the length of the sequence. Logits are never made.
 """

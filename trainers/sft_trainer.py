@@ -19,6 +19,7 @@ from longvideo.trainers.encoded_features import FeatureStore, VideoEntry, encode
 from longvideo.trainers.freezing import is_peft_model, part_of, set_trainable, set_trainable_parts, sub_part_of
 from longvideo.trainers.liger import liger_in_training
 from longvideo.trainers.sampling import GroupedRows, row_lengths
+from longvideo.trainers.scale import check_parallelism
 from longvideo.trainers.sft_config import VideoSFTConfig
 
 __all__ = ["VideoSFTTrainer", "find_last_checkpoint", "prepare_model", "set_trainable_parts"]
@@ -184,6 +185,7 @@ class VideoSFTTrainer(Trainer):
                     "resume_from_checkpoint, or name a checkpoint folder."
                 )
         self._start_throughput_window()
+        check_parallelism(self.accelerator)
         with liger_in_training(self):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -1,0 +1,111 @@
+"""What the processes of the tests of scale run: short trainings, whose losses and weights they write down.
+
+Run with `python -m torch.distributed.run --nproc_per_node 2 scale_worker.py FOLDER KIND...`, or with python alone.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import TrainerCallback
+
+from longvideo.trainers import VideoSFTConfig, VideoSFTTrainer, lora_config
+from tests.trainers.zoo import VARIANTS, make_model, rows_of
+
+LEARNS = ["connector", "language_model"]
+
+
+class WriteLosses(TrainerCallback):
+    """Appends every logged loss to a file, at once: a killed process has written its own.
+
+    Args:
+        path: The file, a line of JSON per step.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and "loss" in (logs or {}):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([state.global_step, logs["loss"], logs["grad_norm"]]) + "\n")
+
+
+def make_trainer(folder: Path, kind: str, *, lora: bool = False, **args: Any) -> VideoSFTTrainer:
+    """A trainer of four steps with a global batch of two rows, whatever the number of processes.
+
+    Args:
+        folder: Where checkpoints and the file `losses.jsonl` go.
+        kind: Key of `VARIANTS`.
+        lora: Whether the model gets an adapter.
+        **args: Settings in place of these.
+
+    Returns:
+        The trainer.
+    """
+    model = make_model(kind)
+    if lora:
+        import peft
+
+        model = peft.get_peft_model(model, lora_config(model, r=2))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    settings = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2 // num_processes,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "ddp_backend": "gloo" if num_processes > 1 else None,
+        "disable_tqdm": True,
+        # Black pictures would do for rows without video; these have all one.
+        "trainable_parts": None if lora else LEARNS,
+    }
+    config = VideoSFTConfig(**{**settings, **args})
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # accelerate shards on every device but a CPU, where torch could do it as well.
+        config.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    return VideoSFTTrainer(
+        model,
+        config,
+        train_dataset=rows_of(kind),
+        processing_class=VARIANTS[kind].processor(),
+        callbacks=[WriteLosses(folder / "losses.jsonl")],
+    )
+
+
+def facts(trainer: VideoSFTTrainer) -> dict[str, Any]:
+    """How a run was distributed, and which share of the weights this process held."""
+    weights = list(trainer.model_wrapped.parameters())
+    held = sum((x.to_local() if hasattr(x, "to_local") else x).numel() for x in weights)
+    return {
+        "type": trainer.accelerator.distributed_type.value,
+        "processes": trainer.args.world_size,
+        "share": held / sum(x.numel() for x in weights),
+    }
+
+
+def main() -> None:
+    """Trains each kind that is named, `-lora` behind it for an adapter, `-save` for a checkpoint after two steps."""
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for word in sys.argv[2:]:
+        kind = word.removesuffix("-save").removesuffix("-lora")
+        folder = root / word
+        folder.mkdir(parents=True, exist_ok=True)
+        saves = {"save_strategy": "steps", "save_steps": 2} if word.endswith("-save") else {}
+        trainer = make_trainer(folder, kind, lora="-lora" in word, **saves)
+        trainer.train()
+        trainer.save_model(str(folder / "final"))
+        if trainer.is_world_process_zero():
+            (folder / "facts.json").write_text(json.dumps(facts(trainer)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
