@@ -49,6 +49,9 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float]) -> list[Group
     """
     trainable, total = dict.fromkeys(rates, 0), dict.fromkeys(rates, 0)
     for name, parameter in model.named_parameters():
+        # PEFT keeps the frozen first state of a module beside the one that learns; it takes memory, and that is all.
+        if "original_module" in name:
+            continue
         sub = sub_part_of(name)
         part = sub if sub in rates else part_of(name) or "language_model"
         total[part] += parameter.numel()

@@ -45,6 +45,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     training.add_argument("--dpo", action="store_true", help="learn preferences: rows with prompt, chosen, rejected")
     training.add_argument("--lora", action="store_true", help="train an adapter in place of the language model")
+    training.add_argument("--merged", action="store_true", help="save the model with its adapter merged into it")
     training.add_argument("--merge-adapter", metavar="DIR", action="append", default=[],
                           help="merge the adapter of an earlier stage first; may be repeated")  # fmt: skip
     training.add_argument("--dtype", choices=list(DTYPES), help="type of the weights (default: fp32; bf16 under an "

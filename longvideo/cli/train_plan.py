@@ -70,6 +70,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     if groups["lora"] and recipe_lora is None and not args.lora:
         raise ValueError(f"--set lora.{next(iter(groups['lora']))} needs --lora: the recipe trains no adapter.")
     has_adapter = args.lora or recipe_lora is not None
+    if args.merged and not has_adapter:
+        raise ValueError("--merged merges an adapter, and this stage trains none; leave it out, or add --lora.")
     notes: list[str] = []
     wish = {**entry["args"], **groups[""]}
     config = _build_config(args, entry, groups[""], output=args.output or f"outputs/{stage}", notes=notes)
@@ -91,7 +93,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def parse_settings(words: list[str]) -> dict[str, Any]:
-    """Read KEY=VALUE words; values are JSON or yaml, anything else is text.
+    """Read KEY=VALUE words; values are JSON, lists and mappings may be yaml, anything else is text.
 
     Args:
         words: What stood behind each `--set`.
@@ -102,23 +104,32 @@ def parse_settings(words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: A word without "=".
     """
-    import yaml
-
     found = {}
     for word in words:
         key, mark, text = word.partition("=")
         if not mark or not key.strip():
             raise ValueError(f"--set {word!r}: expected KEY=VALUE, for example max_steps=100.")
-        try:
-            # JSON first: yaml takes 1e-4 for text.
-            value = json.loads(text)
-        except ValueError:
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError:
-                value = text
-        found[key.strip()] = value
+        found[key.strip()] = _read_value(text.strip())
     return found
+
+
+def _read_value(text: str) -> Any:
+    import yaml
+
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    # Of plain words yaml would take "no" (save_strategy=no) for false, and 1e-4 for text.
+    if not text.startswith(("{", "[")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set: {text} is neither JSON nor yaml ({error}).") from error
 
 
 def _num_processes() -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longvideo.cli.train import DTYPES
+from longvideo.cli.train_coordinates import prepare_coordinates, split_fields
 from longvideo.cli.train_plan import Plan
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def load_config(args: argparse.Namespace, plan: Plan) -> "PreTrainedConfig":
     from longvideo.cli.estimate import load_config as find_config
 
     config, _ = find_config(find_folder(args.model))
-    return change_config(config, plan.model_fields, plan.notes)
+    plain, _ = split_fields(config, plan.model_fields)
+    return change_config(config, plain, plan.notes)
 
 
 def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
@@ -95,6 +97,8 @@ def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
     config = load_config(args, plan)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=choose_dtype(args, plan))
+        layout = split_fields(config, plan.model_fields)[1].get("coordinate_layout")
+        prepare_coordinates(model, None, {} if layout is None else {"coordinate_layout": layout})
         return adapt(model, plan)
 
 
@@ -282,7 +286,7 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
     Raises:
         ValueError: Rows, model and recipe that do not fit, or a folder with checkpoints of another run.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
     from longvideo.trainers import VideoSFTTrainer, find_last_checkpoint
 
@@ -297,6 +301,10 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
     rows = load_rows(args, config)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=choose_dtype(args, plan))
+    # The trainer seeds as well, but new tokens and adapters are drawn before it.
+    set_seed(plan.args.seed)
+    done = prepare_coordinates(model, processor, split_fields(config, plan.model_fields)[1])
+    plan.notes += [f"model: {done}"] if done else []
     model = merge_adapters(model, args.merge_adapter)
     for note in plan.notes:
         print(f"note: {note}")
@@ -308,7 +316,7 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
     model = adapt(model, plan)
     trainer = trainer_class(model, plan.args, train_dataset=rows, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume or None)
-    save(trainer, output)
+    save(trainer, output, merged=args.merged)
     return output
 
 
@@ -322,18 +330,25 @@ def merge_adapters(model: "PreTrainedModel", folders: list[str]) -> "PreTrainedM
     return model
 
 
-def save(trainer: Any, output: str) -> None:
+def save(trainer: Any, output: str, *, merged: bool = False) -> None:
     """Save the trained model under temporary names first; the file that makes it loadable comes last.
 
     Args:
         trainer: The trainer.
         output: Folder of the run.
+        merged: Whether the adapter is merged into the model, which is then saved whole.
     """
     os.makedirs(output, exist_ok=True)
     partial = Path(output, ".saving")
     if trainer.args.should_save:
         shutil.rmtree(partial, ignore_errors=True)
-    trainer.save_model(str(partial))
+    if merged:
+        whole = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        if trainer.args.should_save:
+            whole.save_pretrained(partial)
+            trainer.processing_class.save_pretrained(partial)
+    else:
+        trainer.save_model(str(partial))
     if trainer.args.should_save:
         for file in sorted(partial.iterdir(), key=lambda file: file.name in LAST_FILES):
             os.replace(file, Path(output, file.name))
