@@ -177,6 +177,7 @@ class VideoSFTCollator:
                     raise
                 self.bad_videos.add(error)
                 bad.append(error)
+        num_skipped = len(bad)
         # A batch must hold something, on every process as often as on the others.
         spares = iter(()) if encoded else spare_rows(self.spare_rows, "; ".join(where for _, where in kept))
         for number, row in enumerate(spares):
@@ -193,7 +194,7 @@ class VideoSFTCollator:
             ) from bad[-1]
         if not self._has_flat_videos:
             encoded = self._equal_frames(encoded)
-        return [where for _, where, _ in encoded], [output for _, _, output in encoded], len(kept) - len(encoded)
+        return [where for _, where, _ in encoded], [output for _, _, output in encoded], num_skipped
 
     def _equal_frames(self, encoded: list[tuple[Any, str, dict[str, Any]]]) -> list[tuple[Any, str, dict[str, Any]]]:
         """Brings all videos of a batch to the fewest frames that the budget of a row asks for; they are stacked."""

@@ -32,7 +32,6 @@ DROPOUT = {
     "llm_compress_layer_list": [1, 3],
     "llm_image_token_ratio_list": [1.0, 0.5, 0.25],
 }
-TRAJECTORY = Path(__file__).parent / "loss_trajectory.json"
 PARTS = ("vision_tower", "connector", "language_model")
 MakeTrainer = Callable[..., VideoSFTTrainer]
 
@@ -75,26 +74,6 @@ def gradients_of_one_step(make_trainer: MakeTrainer, **kwargs: Any) -> tuple[dic
     trainer.add_callback(recorder)
     trainer.train()
     return recorder.gradients, losses(trainer)[0]
-
-
-@pytest.mark.parametrize("name", ["plain", "dropout"])
-def test_loss_trajectory_of_20_steps(make_trainer, name):
-    """The loss falls, and along the recorded curve.
-
-    To renew the record after a wanted change: LONGVIDEO_RENEW=1 python -m pytest tests/trainers -k trajectory
-    """
-    model_kwargs = {"plain": NO_DROPOUT, "dropout": {**DROPOUT, "llm_compress_type": "uniform"}}[name]
-    trainer = make_trainer(toy_rows(8), model_kwargs=model_kwargs, max_steps=20, learning_rate=5e-3)
-    trainer.train()
-    curve = losses(trainer)
-    if os.environ.get("LONGVIDEO_RENEW"):
-        record = json.loads(TRAJECTORY.read_text(encoding="utf-8")) if TRAJECTORY.is_file() else {}
-        record[name] = [round(value, 4) for value in curve]
-        TRAJECTORY.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    expected = json.loads(TRAJECTORY.read_text(encoding="utf-8"))[name]
-    # Adam turns rounding of near-zero gradients, which differs between CPUs, into steps of full size.
-    assert curve == pytest.approx(expected, rel=0.02)
-    assert sum(curve[-4:]) < 0.5 * sum(curve[:4])
 
 
 @pytest.mark.parametrize("model_kwargs", [NO_DROPOUT, DROPOUT], ids=["plain", "dropout"])
