@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longvideo.cli import ask_rounds
+
 if TYPE_CHECKING:
     from longvideo.pipelines import VideoQuestionAnsweringPipeline
 
@@ -17,7 +19,8 @@ HELP = (
 )
 TINY = "videochat_flash"
 TINY_WITH_PLACES = "llava_st"
-TITLES = {TINY: "VideoChat-Flash", TINY_WITH_PLACES: "LLaVA-ST"}
+TINY_WITH_ROUNDS = "crossvllm"
+TITLES = {TINY: "VideoChat-Flash", TINY_WITH_PLACES: "LLaVA-ST", TINY_WITH_ROUNDS: "CrossVLLM"}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -47,6 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--box", metavar="X1,Y1,X2,Y2", help="the region of --task elc or reg, in pixels of the source"
     )
     places.add_argument("--draw", metavar="MP4_OR_PNG", help="draw the answer: spans on a time line, boxes on frames")
+    ask_rounds.configure(parser)
     frames = parser.add_argument_group("frames")
     frames.add_argument("--num-frames", type=int, metavar="N", help="sample exactly N frames")
     frames.add_argument("--fps", type=float, metavar="X", help="sample X frames per second")
@@ -146,6 +150,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     from longvideo.pipelines.inputs import check_question, check_source
 
+    ask_rounds.check_arguments(args)
     check_source(args.video, visual_kind(args.video))
     if args.task is None or args.question is not None:
         check_question(args.question)
@@ -207,7 +212,8 @@ def run(args: argparse.Namespace) -> int:
 
     model = args.model
     if model is None:
-        name = TINY_WITH_PLACES if args.task or args.draw else TINY
+        with_rounds = ask_rounds.speaks_of_rounds(args)
+        name = TINY_WITH_ROUNDS if with_rounds else TINY_WITH_PLACES if args.task or args.draw else TINY
         try:
             model = str(longvideo.tiny_checkpoint(name))
         except ValueError as error:
@@ -221,7 +227,9 @@ def run(args: argparse.Namespace) -> int:
     pipe = load_pipeline(model, device=args.device, dtype=args.dtype)
     names = ("num_frames", "fps", "min_frames", "max_frames", "start", "end")
     call = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | task_arguments(args)
-    if args.draw and not hasattr(pipe.processor, "post_process_grounding"):
+    call |= ask_rounds.arguments(args)
+    in_rounds = ask_rounds.check_model(pipe, args)
+    if args.draw and not in_rounds and not hasattr(pipe.processor, "post_process_grounding"):
         kind = pipe.model.config.model_type
         raise ValueError(f"--draw needs a model that answers with times and boxes; '{model}' is a {kind} model.")
     if dropout is not None:
@@ -231,6 +239,8 @@ def run(args: argparse.Namespace) -> int:
         return _compare(pipe, args, call, report)
     if args.max_new_tokens is not None:
         call["max_new_tokens"] = args.max_new_tokens
+    if in_rounds and args.options is None:
+        return ask_rounds.answer(pipe, args, call, report)
     return _answer(pipe, args, call, report)
 
 

@@ -188,10 +188,15 @@ class SeenFrames:
             self.num_decoded += len(part)
         return self.cache.gather(key, indices)
 
-    def forget(self) -> None:
-        """Drop all features and facts, before other videos are asked about."""
-        self.cache.clear()
-        self.sources.clear()
+    def forget(self, videos: Sequence[Any] = ()) -> None:
+        """Drop features and facts before other videos are asked about.
+
+        Args:
+            videos: Those that are asked about next; what is known of them is kept.
+        """
+        for key in set(self.sources) - {source_key(video) for video in videos}:
+            del self.sources[key]
+            self.cache.clear(key)
 
 
 def granularity_modules(

@@ -1,7 +1,7 @@
 """What the controller asks, what it gets, and the whole course of an answer."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -125,9 +125,9 @@ class CrossGranularityAnswer:
         """Write everything as plain values for JSON.
 
         Returns:
-            The fields; turns with `parse_ok`.
+            The fields and `num_calls`; turns with `parse_ok`.
         """
-        plain = dataclasses.asdict(self)
+        plain = {**dataclasses.asdict(self), "num_calls": self.num_calls}
         for entry, written in zip(self.rounds, plain["rounds"], strict=True):
             for name in ("coarse", "fine", "forced"):
                 if written[name] is not None:
@@ -135,41 +135,39 @@ class CrossGranularityAnswer:
         return plain
 
 
-def describe_rounds(answer: CrossGranularityAnswer) -> list[str]:
+def describe_rounds(answer: Mapping[str, Any]) -> list[str]:
     """Write the course of an answer for people.
 
     Args:
-        answer: The answer.
+        answer: What `CrossGranularityAnswer.to_dict` gives, or the pipeline.
 
     Returns:
         One line for each turn, and a last one with the reason.
     """
     lines = []
-    for entry in answer.rounds:
-        lines += [f"round {entry.number}, {line}" for line in _turn_lines(entry)]
-    lines += [f"event {event.start:.1f} to {event.end:.1f} s: {event.text}" for event in answer.events or ()]
-    where = "the whole video" if answer.segment is None else _write(answer.segment)
-    return [*lines, f"end: {answer.reason}, {where}, {answer.num_calls} calls"]
+    for entry in answer["rounds"]:
+        lines += [f"round {entry['number']}, {line}" for line in _turn_lines(entry)]
+    for event in answer.get("events") or ():
+        lines.append(f"event {_write((event['start'], event['end']))}: {event['text']}")
+    where = "the whole video" if answer["segment"] is None else _write(answer["segment"])
+    return [*lines, f"end: {answer['reason']}, {where}, {answer['num_calls']} calls"]
 
 
-def _turn_lines(entry: Round) -> list[str]:
-    lines = []
-    if entry.coarse is not None:
-        policy = entry.coarse.policy
-        found = "asks in words" if policy is None else f"{policy.state}, answers"
-        if policy is not None and not policy.answer:
-            found = f"{policy.state}, no segment" if entry.segment is None else policy.state
-        target = "" if entry.segment is None else f", {_write(entry.segment)}"
-        lines.append(f"overview: {found}{target}: {_short(entry.coarse.text)}")
-    if entry.fine is not None:
-        policy = entry.fine.policy
-        if policy is None:
-            verdict = "examined"
-        else:
-            verdict = f"{policy.state}, {'sent back' if policy.reflection else 'accepted'}"
-        lines.append(f"detail: {verdict}, {_write(entry.segment)}: {_short(entry.fine.text)}")
-    if entry.forced is not None:
-        lines.append(f"detail: asked without a policy, {_write(entry.segment)}: {_short(entry.forced.text)}")
+def _turn_lines(entry: Mapping[str, Any]) -> list[str]:
+    lines, segment = [], entry["segment"]
+    coarse, fine, forced = (entry[name] for name in ("coarse", "fine", "forced"))
+    if coarse is not None:
+        policy = coarse["policy"]
+        verdict = "asked in words" if policy is None else f"policy read as {policy['state']}"
+        target = "" if segment is None else f", {_write(segment)}"
+        lines.append(f"overview: {verdict}{target}: {_short(coarse['text'])}")
+    if fine is not None:
+        policy, verdict = fine["policy"], "asked in words"
+        if policy is not None:
+            verdict = f"policy read as {policy['state']}, {'sent back' if policy['reflection'] else 'accepted'}"
+        lines.append(f"detail of {_write(segment)}: {verdict}: {_short(fine['text'])}")
+    if forced is not None:
+        lines.append(f"detail of {_write(segment)}: asked in words: {_short(forced['text'])}")
     return lines
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, Pipeline
 from transformers.utils.chat_template_utils import Chat
 
-from longvideo.pipelines import accounting, encoding, grounding, inputs
+from longvideo.pipelines import accounting, encoding, granularities, grounding, inputs
 from longvideo.pipelines.streaming import AnswerStream
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -25,6 +25,7 @@ PREPROCESS_KEYS = (
     *grounding.TASK_KEYS,
     "start",
     "end",
+    "granularity",
     "processor_kwargs",
     "continue_final_message",
     "video_metadata",
@@ -73,6 +74,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         preprocess = {key: given.pop(key) for key in PREPROCESS_KEYS if key in given}
         postprocess = {key: given.pop(key) for key in POSTPROCESS_KEYS if key in given}
         forward: dict[str, Any] = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+        if "granularity" in preprocess:
+            forward["granularity"] = preprocess["granularity"]
         if "visual_dropout" in given:
             self._check_dropout(given["visual_dropout"])
             forward["visual_dropout"] = given.pop("visual_dropout")
@@ -123,21 +126,28 @@ class VideoQuestionAnsweringPipeline(Pipeline):
                 what is looked for), `span` ((start, end) or a start, seconds of the source), `box` (left, top, right,
                 bottom, pixels of the source), `pattern` (wording), each also as a key of a row;
                 `visual_dropout` (False, True or a dict); `processor_kwargs`; `return_timings`, `return_token_counts`,
-                `return_video_metadata`, `return_kept_tokens`, `return_full_text` (chat only).
+                `return_video_metadata`, `return_kept_tokens`, `return_full_text` (chat only);
+                for models with two granularities the fields of `ControllerRules` (`max_rounds`, `exhaustive` ...),
+                `coarse_options` and `fine_options` (`num_frames`, `max_new_tokens` ...), `grounding_task` "tvg",
+                `batch_size`, or `granularity` ("coarse" or "fine") for a single look.
 
         Returns:
             A dict with `answer` and `generated_text` (for a chat the messages with the new turn), with `grounding`
             (spans in seconds, boxes in pixels of the first video or picture) where the processor reads it, and on
             request `timings` (seconds), `token_counts`, `video_metadata` (source fps, duration and the sampled frames'
             indices and times), `kept_tokens`; a list of dicts for a list, an iterator for a generator or dataset.
+            A model with two granularities also gives `segment` ((start, end) in seconds or None), `reason`, `rounds`,
+            `num_calls` and `duration` (seconds) of a question about a video; see `CrossGranularityAnswer`.
 
         Raises:
             ValueError: the question is empty, the prompt does not fit the model, or arguments contradict each other.
             OSError: the video file cannot be opened.
         """
+        gathered = inputs.gather_inputs(video, question, image, video_metadata)
+        if granularities.applies(self, gathered, stream=stream, granularity=kwargs.get("granularity")):
+            return granularities.answer_rows(self, gathered, kwargs)
         if kwargs.pop("batch_size", 1) not in (None, 1):
             warnings.warn("Videos of different lengths do not stack: batch_size is taken as 1.", stacklevel=2)
-        gathered = inputs.gather_inputs(video, question, image, video_metadata)
         if stream:
             return self._stream(gathered, kwargs)
         return super().__call__(gathered, batch_size=1, **kwargs)
@@ -167,6 +177,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         processor_kwargs: dict[str, Any] | None = None,
         continue_final_message: bool | None = None,
         video_metadata: Any = None,
+        granularity: str | None = None,
         **sampling: Any,
     ) -> dict[str, Any]:
         """Decode, sample, resize and tokenize one sample."""
@@ -181,7 +192,8 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         inputs.check_messages(messages)
         if continue_final_message is None:
             continue_final_message = messages[-1]["role"] == "assistant"
-        options = {"return_tensors": "pt", **sampling, **(processor_kwargs or {})}
+        options = {"return_tensors": "pt", **granularities.of_one_look(self, granularity), **sampling}
+        options.update(processor_kwargs or {})
         options.update(encoding.window_options(self.processor, messages))
         if inputs.has_video(messages) or grounding.answers_with_places(self.processor):
             options["return_metadata"] = True
@@ -266,13 +278,14 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         generate_kwargs: dict[str, Any] | None = None,
         visual_dropout: bool | dict[str, Any] | None = None,
         return_kept_tokens: bool = False,
+        granularity: str | None = None,
     ) -> dict[str, Any]:
         settings, about = self._generate_settings(generate_kwargs), model_inputs["about"]
         tensors, config = model_inputs["tensors"], self.model.config
         prompt = tensors["input_ids"].shape[1]
         if visual_dropout is not None and self.supports_dropout():
             settings["visual_dropout"] = visual_dropout
-        settings["return_dict_in_generate"] = False
+        settings.update(granularities.of_one_look(self, granularity), return_dict_in_generate=False)
         with encoding.closing_windows(about), accounting.trace_call(self.model) as trace:
             accounting.check_budget(tensors, config, self._max_new_tokens(settings, prompt))
             generate_inputs, video, waits = self._encode_once(tensors, about, with_thumbs=return_kept_tokens)
@@ -425,6 +438,7 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         tokenized = [self.processor.tokenizer.encode(option, add_special_tokens=False) for option in options]
         longest = max(len(ids) for ids in tokenized)
         extra = {"visual_dropout": visual_dropout} if visual_dropout is not None and self.supports_dropout() else {}
+        extra.update(granularities.of_one_look(self, params.get("granularity")))
         with encoding.closing_windows(model_inputs["about"]), self.device_placement(), torch.no_grad():
             accounting.check_budget(tensors, self.model.config, longest)
             given, *_ = self._encode_once(tensors, model_inputs["about"], force=True)

@@ -12,6 +12,7 @@ from transformers.video_utils import VideoMetadata
 from longvideo.processing.shared.frame_sampling import check_total, middle_indices
 from longvideo.processing.shared.pixels import resize_exact
 from longvideo.processing.shared.sampled_videos import SampledVideos
+from longvideo.processing.shared.video_inputs import channels_first
 from longvideo.processing.shared.video_io import SourceVideoMetadata, opened_video
 from longvideo.processing.shared.video_options import ReadingKwargs, check_available, check_limits, pil_filter
 
@@ -207,7 +208,7 @@ class CrossVLLMVideoProcessor(SampledVideos, BaseVideoProcessor):
         resample = self.option("resample", call)
         with opened as (facts, frames):
             small = [
-                self.center_crop(self.resize(torch.from_numpy(frame).permute(2, 0, 1)[None], size, resample), crop)
+                self.center_crop(self.resize(channels_first(frame[None], "channels_last"), size, resample), crop)
                 for frame in frames
             ]
         return torch.cat(small), facts

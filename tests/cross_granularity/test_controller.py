@@ -49,7 +49,7 @@ def run(
     (answer,) = controller([VideoQuestion("v.mp4", question, duration, task)])
     assert [module.lines[question] for module in modules] == [[], []]
     json.dumps(answer.to_dict())
-    assert describe_rounds(answer)[-1].startswith(f"end: {answer.reason}, ")
+    assert describe_rounds(answer.to_dict())[-1].startswith(f"end: {answer.reason}, ")
     return answer, *modules
 
 
@@ -217,7 +217,7 @@ def test_malformed_policies_never_raise() -> None:
     assert len(answers) == 200 and {answer.reason for answer in answers} >= {"accepted", "direct", "parse_error"}
     for answer in answers:
         json.dumps(answer.to_dict())
-        describe_rounds(answer)
+        describe_rounds(answer.to_dict())
 
 
 def event(start: float, end: float, text: str) -> dict:

@@ -231,7 +231,7 @@ def test_wrong_input(flash, cross, clip, tmp_path) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         PipelineModule(flash, batch_size=0)
     with pytest.raises(TypeError, match="Unknown argument"):
-        granularity_modules(cross, fine_options={"frames": 3})[1]([call(clip)])
+        granularity_modules(cross, fine_options={"shots": 3})[1]([call(clip)])
     for module in (PipelineModule(flash), granularity_modules(cross)[0]):
         with pytest.raises(ValueError, match=r"question contains <\|video_pad\|>"):
             module([ModuleCall("coarse", VideoQuestion(clip, "A <|video_pad|>?", 10.0), "x")])
