@@ -81,7 +81,8 @@ def load_base(model_class: type[PreTrainedModel], config: CrossVLLMConfig, **kwa
         model.config.adapters = has_adapters
         return model
     allowed = {name: kwargs.pop(name, None) for name in ("dtype", "attn_implementation")}
-    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    # The Auto classes pass options on that were not given.
+    kwargs = {name: value for name, value in kwargs.items() if value and not name.startswith("_")}
     if kwargs:
         raise ValueError(
             f"A checkpoint that refers to the backbone {base} cannot be loaded with {sorted(kwargs)}. Load it without "
