@@ -33,3 +33,24 @@ def tiny_crossvllm_processor(
         coarse_stride=coarse_stride,
         fine_stride=fine_stride,
     )
+
+
+def crossvllm_suite() -> dict[str, Any]:
+    """The entries of a factory in `tests/hf_factories.py` that concern the processor."""
+    return {
+        "processor": tiny_crossvllm_processor,
+        "needs_torchcodec": False,
+        "skip": {},
+        "overrides": {"video_sampling_expectations": property(lambda self: sampling_expectations())},
+    }
+
+
+def sampling_expectations() -> list[dict[str, Any]]:
+    """Frames taken of the suite's film, 11 at 30 per second: as many as asked for, all by default."""
+    return [
+        {"num_frames": 3, "fps": None, "expected_dim": 1, "output_length": 3},
+        {"num_frames": None, "fps": 10, "expected_dim": 1, "output_length": 3},
+        {"do_sample_frames": False, "fps": 10, "expected_dim": 1, "output_length": 11},
+        {"do_sample_frames": False, "expected_dim": 1, "output_length": 11},
+        {"expected_dim": 1, "output_length": 11},
+    ]

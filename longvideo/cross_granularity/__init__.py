@@ -6,6 +6,8 @@ from typing import Any
 _EXPORTS = {
     "ControllerRules": "controller",
     "CrossGranularityController": "controller",
+    "make_controller": "modules",
+    "video_duration": "sources",
     "CrossGranularityAnswer": "trace",
     "ModuleCall": "trace",
     "VideoQuestion": "trace",
