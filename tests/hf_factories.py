@@ -18,6 +18,7 @@ from transformers import ProcessorMixin
 
 import longvideo  # noqa: F401 (registers the architectures)
 from longvideo.modeling.crosslmm.modeling_crosslmm import CrossLMMForConditionalGeneration, CrossLMMModel
+from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration, CrossVLLMModel
 from longvideo.modeling.llava_st.modeling_llava_st import LlavaSTForConditionalGeneration, LlavaSTModel
 from longvideo.modeling.llava_st.splicing_llava_st import block_ids
 from longvideo.modeling.longvu.modeling_longvu import LongVUForConditionalGeneration, LongVUModel
@@ -28,12 +29,14 @@ from longvideo.modeling.videochat_flash.modeling_videochat_flash import (
 from tests.tiny import tiny_videochat_flash_config, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_config
 from tests.tiny_crosslmm_processor import crosslmm_suite
+from tests.tiny_crossvllm import tiny_crossvllm_config
+from tests.tiny_crossvllm_processor import crossvllm_suite
 from tests.tiny_llava_st import tiny_llava_st_config
 from tests.tiny_llava_st_processor import llava_st_suite
 from tests.tiny_longvu import tiny_longvu_config
 from tests.tiny_longvu_processor import longvu_suite
 
-FACTORIES = ("videochat_flash", "longvu", "llava_st", "crosslmm")
+FACTORIES = ("videochat_flash", "longvu", "llava_st", "crosslmm", "crossvllm")
 
 
 def videochat_flash() -> dict:
@@ -177,4 +180,39 @@ def crosslmm() -> dict:
             "pixel_values": torch.rand(batch_size, 3, side, side),
         },
         "overrides": {**parts["overrides"], "additional_model_inputs": ["pixel_values_videos", "pixel_values"]},
+    }
+
+
+def crossvllm() -> dict:
+    """CrossVLLM without adapters, coarse, with one image and one video of two frames in every prompt."""
+    # Ids as above. The feature layer is the last, because the suite counts hidden states of all the tower's layers.
+    # Few patches keep an image short, which is not pooled.
+    config = tiny_crossvllm_config(
+        vision_kwargs={"num_hidden_layers": 2, "image_size": 24},
+        vision_feature_layer=-1,
+        coarse_stride=3,
+        image_token_id=5,
+        video_token_id=6,
+    )
+    batch_size, num_frames, side = 7, 2, config.vision_config.image_size
+    per_image, per_video = config.tokens_per_image, num_frames * config.tokens_per_frame("coarse")
+    torch.manual_seed(0)
+    input_ids = torch.randint(10, 200, (batch_size, per_image + per_video + 10))
+    input_ids[:, 2 : 2 + per_image] = config.image_token_id
+    input_ids[:, 5 + per_image : 5 + per_image + per_video] = config.video_token_id
+    parts = crossvllm_suite()
+    return {
+        **parts,
+        "config": config,
+        "model_classes": (CrossVLLMForConditionalGeneration, CrossVLLMModel),
+        "inputs_dict": {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values_videos": torch.rand(batch_size, num_frames, 3, side, side),
+            "pixel_values": torch.rand(batch_size, 3, side, side),
+        },
+        "overrides": {
+            **parts.get("overrides", {}),
+            "additional_model_inputs": ["pixel_values_videos", "pixel_values"],
+        },
     }

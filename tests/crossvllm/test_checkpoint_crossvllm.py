@@ -153,7 +153,7 @@ def test_adapters_that_do_not_fit_are_refused(folder):
     with pytest.raises(ValueError, match="of another shape"):
         CrossVLLMForConditionalGeneration.from_pretrained(folder)
     shutil.rmtree(folder / "adapters" / "fine")
-    with pytest.raises(OSError, match="adapters/fine/adapter_config.json"):
+    with pytest.raises(OSError, match=r"adapters/fine/adapter_config\.json"):
         CrossVLLMForConditionalGeneration.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""The switch between granularities: adapter, projector and stride at once, at run time, in learning and for references."""
+"""The switch between granularities: adapter, projector and stride at once, in use, learning and for references."""
 
 import copy
 

@@ -285,7 +285,7 @@ def test_bfloat16_is_close_to_float32():
 
 def test_mismatches_name_the_numbers(model):
     coarse, fine = prompt(3, "video2", 4), prompt(3, "video2", 4, granularity="fine")
-    with pytest.raises(ValueError, match="holds 72 video placeholder tokens for 2 frames, those of.*'fine'"):
+    with pytest.raises(ValueError, match=r"holds 72 video placeholder tokens for 2 frames, those of.*'fine'"):
         model(**fine)
     with pytest.raises(ValueError, match="granularity='coarse'"):
         model.generate(**coarse, granularity="fine")
