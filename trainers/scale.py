@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from longvideo.trainers.freezing import is_peft_model
+
 CONFIGS_DIR = Path(__file__).parent / "accelerate_configs"
 # Where accelerate puts the shards of the weights inside a checkpoint.
 SHARDS = "pytorch_model_fsdp_0"
@@ -71,6 +73,7 @@ def consolidate_checkpoint(
 
     Raises:
         FileNotFoundError: No shards there.
+        FileExistsError: `output` is there already.
         ValueError: Shards of another model.
     """
     from torch.distributed.checkpoint import FileSystemReader, load
@@ -82,17 +85,25 @@ def consolidate_checkpoint(
             f"{checkpoint} holds no sharded weights ({SHARDS}/{SHARDS_METADATA} is missing). Full checkpoints load "
             "with from_pretrained as they are."
         )
+    if output.exists():
+        raise FileExistsError(f"{output} is there already. Name a folder that is not, or remove it.")
     reader = FileSystemReader(str(shards))
     stored = {name.removeprefix("model."): name for name in reader.read_metadata().state_dict_metadata}
-    state = model.state_dict(keep_vars=False)
-    missing = sorted(set(state) - set(stored)) if not _has_adapter(model) else []
-    if missing or not set(stored) & set(state):
+    state = _own_state(model)
+    # Of tied tensors one name is enough.
+    filled = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
+    missing = sorted(name for name in set(state) - set(stored) if state[name].data_ptr() not in filled)
+    if missing:
         raise ValueError(
-            f"{checkpoint} holds no {missing[0] if missing else 'weights'} for this {type(model).__name__}: it was "
-            "saved from another model. Build the one that was trained."
+            f"{checkpoint} holds no {missing[0]!r} for this {type(model).__name__}, and misses {len(missing) - 1} "
+            "more: it was saved from another model. Build the one that was trained, with its adapter if it had one."
         )
     wanted = {stored[name]: tensor for name, tensor in state.items() if name in stored}
     load(wanted, storage_reader=reader, no_dist=True)
+    if is_peft_model(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, state)
     temporary = output.with_name(output.name + ".part")
     model.save_pretrained(temporary)
     for file in checkpoint.iterdir():
@@ -103,5 +114,10 @@ def consolidate_checkpoint(
     return model
 
 
-def _has_adapter(model: torch.nn.Module) -> bool:
-    return any(".lora_" in name for name, _ in model.named_parameters())
+def _own_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Returns what a checkpoint of a model holds: of a PEFT model the adapter alone."""
+    if not is_peft_model(model):
+        return model.state_dict()
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, save_embedding_layers=False)

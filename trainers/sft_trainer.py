@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import is_datasets_available, logging
 
+from longvideo.trainers.adapters import check_adapter
 from longvideo.trainers.bad_media import BadMediaLog
 from longvideo.trainers.batch_checks import BatchFacts, GradientGuard, check_batch, check_loss
 from longvideo.trainers.collators import VideoSFTCollator
@@ -234,6 +235,12 @@ class VideoSFTTrainer(Trainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedRows(size, lengths=lengths, seed=seed)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapter = os.path.join(resume_from_checkpoint, "adapter_config.json")
+        if is_peft_model(self.model) and os.path.isfile(adapter):
+            check_adapter(self.model, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: all but biases and those of normalisation layers."""

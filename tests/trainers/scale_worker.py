@@ -1,6 +1,8 @@
 """What the processes of the tests of scale run: short trainings, whose losses and weights they write down.
 
-Run with `python -m torch.distributed.run --nproc_per_node 2 scale_worker.py FOLDER KIND...`, or with python alone.
+Run with `python -m torch.distributed.run --nproc_per_node 2 scale_worker.py FOLDER WORD...`, or with python alone. A
+word is the kind of a model, behind it `-lora` for an adapter, then `-save` for checkpoints every two steps, or
+`-resume` to go on from the first checkpoint of the word with `-save`. The word `long` is a run to be killed.
 """
 
 import json
@@ -35,19 +37,23 @@ class WriteLosses(TrainerCallback):
                 file.write(json.dumps([state.global_step, logs["loss"], logs["grad_norm"]]) + "\n")
 
 
-def make_trainer(folder: Path, kind: str, *, lora: bool = False, **args: Any) -> VideoSFTTrainer:
+def make_trainer(
+    folder: Path, kind: str, *, lora: bool = False, model_kwargs: dict[str, Any] | None = None, **args: Any
+) -> VideoSFTTrainer:
     """A trainer of four steps with a global batch of two rows, whatever the number of processes.
 
     Args:
         folder: Where checkpoints and the file `losses.jsonl` go.
         kind: Key of `VARIANTS`.
         lora: Whether the model gets an adapter.
+        model_kwargs: Given to the maker of the model.
         **args: Settings in place of these.
 
     Returns:
         The trainer.
     """
-    model = make_model(kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_model(kind, **(model_kwargs or {}))
     if lora:
         import peft
 
@@ -91,21 +97,30 @@ def facts(trainer: VideoSFTTrainer) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Trains each kind that is named, `-lora` behind it for an adapter, `-save` for a checkpoint after two steps."""
-    torch.set_num_threads(1)
-    root = Path(sys.argv[1])
-    for word in sys.argv[2:]:
-        kind = word.removesuffix("-save").removesuffix("-lora")
-        folder = root / word
-        folder.mkdir(parents=True, exist_ok=True)
-        saves = {"save_strategy": "steps", "save_steps": 2} if word.endswith("-save") else {}
-        trainer = make_trainer(folder, kind, lora="-lora" in word, **saves)
-        trainer.train()
-        trainer.save_model(str(folder / "final"))
-        if trainer.is_world_process_zero():
-            (folder / "facts.json").write_text(json.dumps(facts(trainer)), encoding="utf-8")
+def make_long_trainer(folder: Path) -> VideoSFTTrainer:
+    """A trainer of ten steps with random numbers in its model, and a checkpoint after every step."""
+    dropout = {"text_kwargs": {"attention_dropout": 0.2}}
+    saves = {"max_steps": 10, "save_strategy": "steps", "save_steps": 1}
+    return make_trainer(folder, "videochat_flash", model_kwargs=dropout, **saves)
+
+
+def run(root: Path, word: str) -> None:
+    """Does what a word says."""
+    folder = root / word
+    if word == "long":
+        make_long_trainer(folder).train()
+        return
+    name = word.removesuffix("-save").removesuffix("-resume")
+    saves = {"save_strategy": "steps", "save_steps": 2} if word != name else {}
+    trainer = make_trainer(folder, name.removesuffix("-lora"), lora=name.endswith("-lora"), **saves)
+    start = str(root / f"{name}-save" / "checkpoint-2") if word.endswith("-resume") else None
+    trainer.train(resume_from_checkpoint=start)
+    trainer.save_model(str(folder / "final"))
+    if trainer.is_world_process_zero():
+        (folder / "facts.json").write_text(json.dumps(facts(trainer)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    for given in sys.argv[2:]:
+        run(Path(sys.argv[1]), given)

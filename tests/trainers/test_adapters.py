@@ -198,6 +198,15 @@ def test_trainer_saves_the_adapter_alone_and_resumes(name, tmp_path):
         torch.testing.assert_close(other, value, atol=1e-5, rtol=1e-5, msg=key)
 
 
+def test_resuming_from_an_adapter_of_another_size_is_refused(tmp_path):
+    adapted("videochat_flash").save_pretrained(tmp_path / "old")
+    deeper = make_model("videochat_flash", num_hidden_layers=5)
+    model = peft.get_peft_model(deeper, lora_config(deeper, r=2))
+    trainer = short_run(tmp_path, model, VARIANTS["videochat_flash"].processor(), rows_of("videochat_flash"))
+    with pytest.raises(ValueError, match=r"has no weights for .*layers\.4\..*shallower model"):
+        trainer._load_from_checkpoint(str(tmp_path / "old"))
+
+
 def test_adapter_of_another_architecture_is_refused(tmp_path):
     adapted("longvu").save_pretrained(tmp_path)
     model = make_model("videochat_flash")
