@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.trainer_utils import has_length
 
 from longvideo.trainers.bad_media import BadMediaLog
 from longvideo.trainers.batch_checks import BatchFacts, check_batch, check_loss
@@ -129,7 +130,8 @@ class VideoDPOTrainer(VideoSFTTrainer):
                 )
         elif not self._has_reference and not self.args.precompute_reference:
             rows = self.train_dataset
-            first = rows[0] if rows is not None and hasattr(rows, "__getitem__") and len(rows) else None
+            # A stream shows what it has when it is read.
+            first = rows[0] if rows is not None and hasattr(rows, "__getitem__") and has_length(rows) else None
             if first is not None and any(first.get(name) is None for name in REFERENCE_COLUMNS):
                 raise ValueError(_NO_REFERENCE)
 
@@ -191,7 +193,7 @@ class VideoDPOTrainer(VideoSFTTrainer):
         Raises:
             ValueError: A dataset without length, or rows that cannot be read.
         """
-        if not hasattr(dataset, "__len__"):
+        if not has_length(dataset):
             raise ValueError(
                 f"The reference of a {type(dataset).__name__} cannot be computed before training: it has no length. "
                 "Give a datasets.Dataset or a list of rows, or leave precompute_reference False."
@@ -229,7 +231,7 @@ class VideoDPOTrainer(VideoSFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        is_grouped = self.args.train_sampling_strategy == "group_by_length" and hasattr(rows, "__len__")
+        is_grouped = self.args.train_sampling_strategy == "group_by_length" and has_length(rows)
         has_lengths = self.args.length_column_name in (getattr(rows, "column_names", None) or ())
         # Lengths are estimated of rows with messages.
         return super()._get_train_sampler(_Conversations(rows) if is_grouped and not has_lengths else rows)

@@ -16,6 +16,10 @@ from longvideo.trainers.freezing import PART_MODULES, is_peft_model
 _ENCODERS = {"video": ("get_video_features", "pixel_values_videos"), "image": ("get_image_features", "pixel_values")}
 # How models name labels that travel with a sequence whose length changes inside.
 _CARRIED_LABELS = ("visual_dropout_labels", "carried_labels")
+# Settings that change nothing of what towers are shown; a trainer sets some of them.
+_NOT_SEEN = {"_name_or_path", "transformers_version", "dtype", "architectures", "text_config", "use_cache"} | {
+    f"{name}_token_id" for name in ("pad", "bos", "eos")
+}
 # What only says how the towers came to the features; it grows with the video.
 _NOT_REPEATED = ("last_hidden_state", "hidden_states", "attentions")
 
@@ -162,11 +166,9 @@ def have_same_towers(one: nn.Module, other: nn.Module) -> bool:
         Whether what the towers of one give may stand for what those of the other would give.
     """
     configs = [model.config.to_dict() for model in (one, other)]
-    for config in configs:
-        for name in ("_name_or_path", "transformers_version", "dtype", "architectures"):
-            config.pop(name, None)
+    compared = configs[0].keys() & configs[1].keys() - _NOT_SEEN
     towers = [towers_of(model) for model in (one, other)]
-    if configs[0] != configs[1] or towers[0].keys() != towers[1].keys():
+    if towers[0].keys() != towers[1].keys() or any(configs[0][name] != configs[1][name] for name in compared):
         return False
     for name, tower in towers[0].items():
         states = tower.state_dict(), towers[1][name].state_dict()
