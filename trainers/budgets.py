@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.video_utils import VideoMetadata
 
 from longvideo.processing.shared.frame_sampling import num_frames_indices
 from longvideo.processing.shared.messages import BLOCK_OPTIONS
@@ -58,22 +59,35 @@ def planned_frames(block: Mapping[str, Any], processor: Any, call: Mapping[str, 
         return None
     own = {target: block[key] for key, target in BLOCK_OPTIONS.items() if block.get(key) is not None}
     unit = frame_unit(processor)
-    if not isinstance(source, str) and not hasattr(source, "__fspath__"):
-        # Frames in memory and lists of pictures: their number is known, and whether they are sampled again is not.
-        fixed = getattr(processor, "has_fixed_num_frames", False)
-        known = call.get("num_frames") or processor.video_processor.num_frames if fixed else len(source)
-        return own.get("num_frames") or known
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            facts = describe_video(source, start=own.get("start"), end=own.get("end"))
-            if keeps_every_frame(source, call.get("do_sample_frames")):
-                count = facts.total_num_frames
+            rule = rule_of(own, call)
+            if not isinstance(source, str) and not hasattr(source, "__fspath__"):
+                count = _frames_in_memory(source, own, rule, call, processor)
             else:
-                count = len(choose(facts, rule_of(own, call)))
+                facts = describe_video(source, start=own.get("start"), end=own.get("end"))
+                keeps_all = keeps_every_frame(source, call.get("do_sample_frames"))
+                count = facts.total_num_frames if keeps_all else len(choose(facts, rule))
     except (OSError, ValueError):
         return None
-    return -(-count // unit) * unit
+    return None if count is None else -(-count // unit) * unit
+
+
+def _frames_in_memory(
+    source: Any, own: Mapping[str, Any], rule: Mapping[str, Any], call: Mapping[str, Any], processor: Any
+) -> int | None:
+    """Foretells how many of the frames of an array or a list are kept; None where a cut decides."""
+    if own.get("start") is not None or own.get("end") is not None:
+        return None
+    facts = dict(own.get("metadata") or {})
+    is_sampled = own.get("timestamps") is not None or facts.get("frames_indices") is not None
+    is_sampled = is_sampled or not (rule.get("asked") or facts.get("fps") or call.get("do_sample_frames"))
+    is_sampled = is_sampled or call.get("do_sample_frames") is False or isinstance(source[0], str)
+    if is_sampled and not getattr(processor, "has_fixed_num_frames", False):
+        return len(source)
+    known = VideoMetadata(total_num_frames=len(source), fps=facts.get("fps"))
+    return len(processor.video_processor.choose_frames(known, rule))
 
 
 def share_frames(

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 
-from longvideo.modeling.layers.feature_files import hash_tensors
+from longvideo.modeling.layers.feature_files import TENSORS, hash_tensors
 from longvideo.processing.shared.video_io import SourceVideoMetadata
 from longvideo.processing.shared.video_options import list_sources
 from longvideo.processing.shared.video_sources import is_remote
@@ -119,6 +119,10 @@ class FeatureStore:
         except ValueError:
             logger.warning(f"{file} is damaged; its video is encoded again.")
             return None
+        features = self.folder / name / TENSORS
+        if not features.is_file() or features.stat().st_size != sample.get("num_bytes"):
+            logger.warning(f"{features} is not as it was written; its video is encoded again.")
+            return None
         if sample.get("stamp") != stamp:
             logger.warning(f"The video of {file} has changed since it was encoded; it is encoded again.")
             return None
@@ -149,6 +153,7 @@ class FeatureStore:
         scratch = Path(tempfile.mkdtemp(prefix=".", dir=self.folder))
         try:
             encoded.save(scratch)
+            sample = {**sample, "num_bytes": (scratch / TENSORS).stat().st_size}
             (scratch / SAMPLE).write_text(json.dumps(sample) + "\n", encoding="utf-8")
             final = self.folder / name
             if final.exists():

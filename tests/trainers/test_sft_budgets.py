@@ -90,6 +90,25 @@ def test_file_is_read_once_with_the_frames_that_fit(crosslmm, tmp_path, monkeypa
     assert len(reads) == 1
 
 
+@pytest.mark.parametrize("name", UNITS)
+def test_frames_in_memory_are_foretold(name, crosslmm):
+    """As many as the processor makes of them: kept, filled up to a clip, or sampled by their rate."""
+    processor = UNITS[name][0]()
+    frames = np.zeros((25, 32, 32, 3), dtype=np.uint8)
+    rated = {"video_metadata": {"fps": 5.0}}
+    blocks = [{}, rated, {"nframes": 9, **rated}, {"timestamps": [float(i) for i in range(25)]}]
+    for options in blocks:
+        block = {"type": "video", "video": frames, **options}
+        messages = [{"role": "user", "content": [block]}, {"role": "assistant", "content": "Black."}]
+        batch = VideoSFTCollator(processor)([{"messages": messages}])
+        pixels = batch["pixel_values_videos"]
+        read = int(batch["video_num_frames"][0]) if "video_num_frames" in batch else pixels.shape[1]
+        assert planned_frames(block, processor, {}) == read, options
+        # A budget that is wide enough changes nothing.
+        again = VideoSFTCollator(processor, max_length=10**5, max_frames_per_row=28)([{"messages": messages}])
+        assert torch.equal(again["pixel_values_videos"], pixels), options
+
+
 def test_frames_of_all_videos_of_a_row_share_the_room(crosslmm):
     row = colour_row("red", num_frames=12)
     row["messages"][0]["content"].insert(0, video_block("blue", 6))

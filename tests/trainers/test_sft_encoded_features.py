@@ -156,7 +156,11 @@ def test_damaged_entries(tmp_path, rows):
     folder = trainer._store.folder / entry.name
     (folder / "sample.json").write_text("{", encoding="utf-8")
     assert trainer.encode_videos(rows[:1]) == 1
-    (folder / "features.safetensors").write_bytes(b"nothing")
+    features = folder / "features.safetensors"
+    whole = features.read_bytes()
+    features.write_bytes(whole[:-8])
+    assert trainer.encode_videos(rows[:1]) == 1
+    features.write_bytes(whole[:-8] + b"otherwise"[:8])
     with pytest.raises(ValueError, match=r"cannot be read.*Encode the video again"):
         trainer.data_collator([rows[0]])
     shutil.rmtree(folder)

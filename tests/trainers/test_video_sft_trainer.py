@@ -1,7 +1,5 @@
 """`VideoSFTTrainer`: the loss it minimises, what learns how fast, resuming, dropout and what it refuses."""
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -286,7 +284,7 @@ def test_max_length_reaches_the_collator(make_trainer):
     collator = trainer.data_collator
     assert (collator.max_length, collator.label_rule) == (50, "videochat_flash")
     assert collator.processor_kwargs == {"max_frames": 8}
-    with pytest.raises(ValueError, match="together over max_length=50. Text is never cut"):
+    with pytest.raises(ValueError, match=r"together over max_length=50\. Text is never cut"):
         trainer.train()
 
 
