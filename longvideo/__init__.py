@@ -56,9 +56,12 @@ _EXPORTS = {
     "CrossVLLMProcessor": "longvideo.processing.crossvllm.processing_crossvllm",
     "CrossVLLMVideoProcessor": "longvideo.processing.crossvllm.video_processing_crossvllm",
     "VideoQuestionAnsweringPipeline": "longvideo.pipelines",
+    "VideoDPOConfig": "longvideo.trainers.dpo_config",
+    "VideoDPOTrainer": "longvideo.trainers.dpo_trainer",
     "VideoSFTCollator": "longvideo.trainers.collators",
     "VideoSFTConfig": "longvideo.trainers.sft_config",
     "VideoSFTTrainer": "longvideo.trainers.sft_trainer",
+    "load_video_rows": "longvideo.trainers.data.loading",
 }
 
 __all__ = ["__version__", "tiny_checkpoint", *_EXPORTS]

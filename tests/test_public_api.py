@@ -55,11 +55,14 @@ PUBLIC = {
     "LongVUVideoProcessor",
     "LongVUImageProcessor",
     "VideoQuestionAnsweringPipeline",
+    "VideoDPOConfig",
+    "VideoDPOTrainer",
     "VideoSFTCollator",
     "VideoSFTConfig",
     "VideoSFTTrainer",
+    "load_video_rows",
 }
-COMMANDS = {"ask", "convert", "estimate", "doctor", "card", "export-shim"}
+COMMANDS = {"ask", "convert", "data", "train", "estimate", "doctor", "card", "export-shim"}
 TASKS = {"video-question-answering", "video-text-to-text"}
 MODEL_TYPES = {
     "videochat_flash",

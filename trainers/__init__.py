@@ -1,7 +1,12 @@
-"""Training on video: `VideoSFTTrainer`, its arguments and its collator."""
+"""Training on video: `VideoSFTTrainer` and `VideoDPOTrainer`, their arguments and their collators."""
 
 from longvideo.trainers.adapters import check_adapter, load_adapter, lora_config
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
+from longvideo.trainers.data import DataReport, load_video_rows
+from longvideo.trainers.dpo_collator import VideoDPOCollator
+from longvideo.trainers.dpo_config import VideoDPOConfig
+from longvideo.trainers.dpo_loss import dpo_loss
+from longvideo.trainers.dpo_trainer import VideoDPOTrainer
 from longvideo.trainers.liger import apply_liger
 from longvideo.trainers.recipe import find_stage, load_recipe, recipe_names
 from longvideo.trainers.scale import accelerate_config, consolidate_checkpoint
@@ -10,6 +15,10 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 __all__ = [
     "IGNORE_INDEX",
+    "DataReport",
+    "VideoDPOCollator",
+    "VideoDPOConfig",
+    "VideoDPOTrainer",
     "VideoSFTCollator",
     "VideoSFTConfig",
     "VideoSFTTrainer",
@@ -18,10 +27,12 @@ __all__ = [
     "check_adapter",
     "check_batch",
     "consolidate_checkpoint",
+    "dpo_loss",
     "find_last_checkpoint",
     "find_stage",
     "load_adapter",
     "load_recipe",
+    "load_video_rows",
     "lora_config",
     "normalize_messages",
     "part_of",
