@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "longvu": "longvideo.evaluation.bench_longvu",
     "llava_st": "longvideo.evaluation.bench_llava_st",
     "crosslmm": "longvideo.evaluation.bench_crosslmm",
+    "training": "longvideo.evaluation.bench_training",
 }
 
 
@@ -199,7 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
         The parser.
     """
     parser = argparse.ArgumentParser(prog="python -m longvideo.evaluation.bench", description=__doc__)
-    parser.add_argument("model", nargs="?", choices=list(ARCHITECTURES), help="architecture")
+    parser.add_argument("model", nargs="?", choices=list(ARCHITECTURES), help="architecture, or training")
     parser.add_argument("--frames", type=int, nargs="+", help="frame counts (default: those of the architecture)")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs per step (default: 3)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")

@@ -36,6 +36,7 @@ COMMANDS = (
     "evaluation/answer_grounding.py",
     "evaluation/answer_questions.py",
     "evaluation/bench.py",
+    "evaluation/bench_training.py",
     "evaluation/demo.py",
     "evaluation/finetune_gain.py",
     "evaluation/needle_table.py",

@@ -223,7 +223,7 @@ def test_wrong_rows_and_folders(capsys, rows, tiny, tmp_path):
 
 # The recipes' sizes are those of the published models.
 TINY_FIELDS = {
-    "longvu": {"image_token_len": 4, "lowres_token": 2},
+    "longvu": {"image_token_len": 9, "lowres_token": 2},
     "llava_st": {"num_temporal_tokens": 6, "num_spatial_tokens": 5},
 }
 
