@@ -64,7 +64,7 @@ def stretch_rope(text_config: PreTrainedConfig, factor: float) -> PreTrainedConf
     Raises:
         ValueError: the decoder has several kinds of positions.
 
-    Source: CrossVLLM, Sec. 5.1 (RoPE linear, factor 2).
+    Source: CrossVLLM, App. A.1 and Table 4 (linear scale factor 2).
     """
     rope = getattr(text_config, "rope_parameters", None)
     if factor == 1 or (isinstance(rope, dict) and rope.get("rope_type", "default") != "default"):
@@ -114,7 +114,7 @@ class CrossVLLMConfig(PreTrainedConfig):
     Raises:
         ValueError: settings that do not fit each other.
 
-    Source: CrossVLLM, Sec. 3, Sec. 5.1, Tables 4 and 5.
+    Source: CrossVLLM, Sec. 3.1, App. A.1, Tables 4 and 5.
     Differs: rank, alpha and targets of LoRA are not given in the paper; README.md of this folder lists such decisions.
     """
 

@@ -59,7 +59,7 @@ class CrossVLLMGranularityMixin:
         Raises:
             ValueError: another name.
 
-        Source: CrossVLLM, Sec. 3: coarse module C with projector f, fine module F with projector f'.
+        Source: CrossVLLM, Sec. 3.1: coarse module C with projector f, fine module F with projector f'.
         """
         self._check_name(granularity)
         core = self.base_model
@@ -180,7 +180,7 @@ class CrossVLLMGranularityMixin:
         Raises:
             ValueError: another name.
 
-        Source: CrossVLLM, Sec. 4.1: alignment trains the projector once.
+        Source: CrossVLLM, App. A.1: the visual adapter is aligned before both modules are fine-tuned.
         Differs: the paper does not say how f' starts.
         """
         self._check_name(source)

@@ -42,7 +42,7 @@ class CrossVLLMVisionOutput(BaseModelOutputWithPooling):
 def build_projectors(config: CrossVLLMConfig) -> nn.ModuleDict:
     """Returns new projectors f ("coarse") and f' ("fine").
 
-    Source: CrossVLLM, Eqs. 1 and 2; the layers are those of LLaVA-NeXT-Video.
+    Source: CrossVLLM, Eqs. 2 and 5; the layers are those of LLaVA-NeXT-Video.
     """
     return nn.ModuleDict({name: LlavaNextVideoMultiModalProjector(config) for name in GRANULARITIES})
 
@@ -78,8 +78,8 @@ def pool_patches(patches_FPE: torch.Tensor, stride: int, mode: str = "average") 
     Returns:
         (F, P / stride^2, E).
 
-    Source: CrossVLLM, Sec. 3.1 and Table 5; LLaVA-NeXT-Video in transformers.
-    Differs: Eqs. 1 and 2 name the class feature of a frame, but the token counts of the tables are those of patches.
+    Source: CrossVLLM, App. A.1, Tables 4 and 5; LLaVA-NeXT-Video in transformers.
+    Differs: Eqs. 2 and 5 project the class feature of a frame, but the token counts of the tables are those of patches.
     """
     if stride == 1:
         return patches_FPE
@@ -187,7 +187,8 @@ class CrossVLLMVisionMixin:
         Raises:
             ValueError: another shape, counts that do not fit the frames, or a cache of another tower.
 
-        Source: CrossVLLM, Sec. 3.1: one frozen tower for both modules.
+        Source: CrossVLLM, Eqs. 1 and 5, first lines.
+        Differs: whether both modules share a tower is not said; here they do, and it is frozen.
         """
         frames, counts = self._flat_frames(pixel_values_videos, video_num_frames)
         stride = self.config.shared_stride
@@ -239,7 +240,7 @@ class CrossVLLMVisionMixin:
         Raises:
             ValueError: another shape, counts that do not fit the frames, or none or both of pixels and features.
 
-        Source: CrossVLLM, Eqs. 1 and 2.
+        Source: CrossVLLM, Eqs. 2 and 5.
         """
         if (pixel_values_videos is None) == (vision_features is None):
             raise ValueError("Pass either pixel_values_videos or vision_features of the videos.")

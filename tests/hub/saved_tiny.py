@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
@@ -25,6 +27,7 @@ TINY = {
     "longvu": Tiny("LongVU", partial(tiny_longvu_model, context_length=400), tiny_longvu_processor),
     "llava_st": Tiny("LlavaST", tiny_llava_st_model, tiny_llava_st_processor),
     "crosslmm": Tiny("CrossLMM", tiny_crosslmm_model, tiny_crosslmm_processor),
+    "crossvllm": Tiny("CrossVLLM", tiny_crossvllm_model, tiny_crossvllm_processor),
 }
 
 
