@@ -387,3 +387,42 @@ def test_a_model_is_as_it_was_after_a_pass(tmp_path):
     with encode_pairs(model, batch):
         assert len(model.model._forward_pre_hooks) == 1
     assert not model.model._forward_pre_hooks and part_of("model.vision_tower.x") == "vision_tower"
+
+
+def test_the_reference_stays_while_adapter_rows_and_tables_learn(tmp_path):
+    """With the adapter of `lora_config`: embedding rows and coordinate tables learn, the reference does not see it."""
+    from longvideo.trainers import lora_config
+
+    name = "llava_st-split"
+    rows = pairs_of(name)[:2]
+    base = model_of(name)
+    model = peft.get_peft_model(base, lora_config(base, r=4))
+    trainer = dpo_run(tmp_path, name, model, rows, max_steps=2, learning_rate=1e-2)
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    before = [[row[key] for key in columns] for row in trainer.compute_reference(rows)]
+    trainer.train()
+    after = [[row[key] for key in columns] for row in trainer.compute_reference(rows)]
+    # The same operations on the same numbers.
+    torch.testing.assert_close(torch.tensor(after), torch.tensor(before), rtol=0, atol=1e-5)
+    assert logged(trainer)[0] == pytest.approx(LN_2, abs=1e-6)
+    assert (trainer_scores(trainer, rows) - torch.tensor(before)).abs().min() > 1e-3
+
+
+def test_longvu_may_leave_labelled_answers_out_of_its_query():
+    """An option of supervised finetuning; the releases let the answer choose frames as well."""
+    from longvideo.trainers import VideoSFTCollator
+
+    model = model_of("longvu")
+    row = {"messages": colour_row("blue", num_frames=8, answer="It is blue, I say.")["messages"]}
+    batch = VideoSFTCollator(KINDS["longvu"].processor())([row])
+    answer = batch["labels"][0] != -100
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0][answer] = batch["input_ids"][0][answer].flip(0)
+    other["input_ids"][0][answer.nonzero()[:9]] = 77
+    other["labels"] = other["input_ids"].masked_fill(~answer, -100)
+    for option in (False, True):
+        model.config.query_without_answer = option
+        with torch.no_grad():
+            seen = [model(**x).video_selections[0] for x in (batch, other)]
+        assert seen[0].mode == "mix"
+        assert torch.equal(seen[0].query_scores, seen[1].query_scores) == option
