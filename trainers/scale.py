@@ -35,15 +35,24 @@ def accelerate_config(name: str) -> str:
     return str(path)
 
 
-def check_parallelism(accelerator: Any) -> None:
+def check_parallelism(accelerator: Any, config: Any = None) -> None:
     """Raise an error where an engine splits what a video model cannot have split.
 
     Args:
         accelerator: `accelerate.Accelerator` of a trainer.
+        config: Configuration of the model.
 
     Raises:
-        ValueError: Context or sequence parallelism.
+        ValueError: Context or sequence parallelism, or sharded weights of which single rows are read.
     """
+    plugin = getattr(getattr(accelerator, "state", None), "fsdp_plugin", None)
+    reads_rows = getattr(config, "num_coordinate_tokens", 0) and config.coordinate_layout == "folded"
+    if plugin is not None and reads_rows:
+        raise ValueError(
+            "FSDP keeps the head in pieces while the model reads the rows of its coordinate tokens there. Call "
+            "model.unfold_coordinates() before training: tables of their own are whole while the model runs. "
+            "model.fold_coordinates() undoes it."
+        )
     wanted = getattr(accelerator, "parallelism_config", None)
     for kind, size in (("context", getattr(wanted, "cp_size", 1)), ("sequence", getattr(wanted, "sp_size", 1))):
         if size > 1:

@@ -186,7 +186,7 @@ class VideoSFTTrainer(Trainer):
                     "resume_from_checkpoint, or name a checkpoint folder."
                 )
         self._start_throughput_window()
-        check_parallelism(self.accelerator)
+        check_parallelism(self.accelerator, self.model.config)
         with liger_in_training(self):
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
