@@ -11,6 +11,7 @@ PART_MODULES: dict[str, tuple[str, ...]] = {
     "language_model": ("language_model", "lm_head", "coordinates"),
     "connector": (
         "multi_modal_projector",
+        "projectors",
         "vision_projectors",
         "vision_query",
         "vision_sampler",
