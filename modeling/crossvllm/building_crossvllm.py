@@ -81,8 +81,9 @@ def load_base(model_class: type[PreTrainedModel], config: CrossVLLMConfig, **kwa
         model.config.adapters = has_adapters
         return model
     allowed = {name: kwargs.pop(name, None) for name in ("dtype", "attn_implementation")}
-    # The Auto classes pass options on that were not given.
-    kwargs = {name: value for name, value in kwargs.items() if value and not name.startswith("_")}
+    # The Auto classes pass options on that were not given, and some that matter to a download only.
+    idle = ("adapter_kwargs", "trust_remote_code")
+    kwargs = {name: value for name, value in kwargs.items() if value and name not in idle and name[0] != "_"}
     if kwargs:
         raise ValueError(
             f"A checkpoint that refers to the backbone {base} cannot be loaded with {sorted(kwargs)}. Load it without "

@@ -79,7 +79,7 @@ def pool_patches(patches_FPE: torch.Tensor, stride: int, mode: str = "average") 
         (F, P / stride^2, E).
 
     Source: CrossVLLM, App. A.1, Tables 4 and 5; LLaVA-NeXT-Video in transformers.
-    Differs: Eqs. 2 and 5 project the class feature of a frame, but the token counts of the tables are those of patches.
+    Differs: Eqs. 2 and 5 project the class feature of a frame, the token counts of the tables are those of patches.
     """
     if stride == 1:
         return patches_FPE
