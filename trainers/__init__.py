@@ -1,7 +1,10 @@
-"""Training on video: `VideoSFTTrainer` and `VideoDPOTrainer`, their arguments and their collators."""
+"""Training on video: `VideoSFTTrainer`, `VideoDPOTrainer`, `CrossGranularityTrainer`, and what they need."""
 
 from longvideo.trainers.adapters import check_adapter, load_adapter, lora_config
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
+from longvideo.trainers.cross_granularity_config import CrossGranularityConfig
+from longvideo.trainers.cross_granularity_rows import coarse_grounding_row, fine_answer_row
+from longvideo.trainers.cross_granularity_trainer import CrossGranularityTrainer
 from longvideo.trainers.data import DataReport, load_video_rows
 from longvideo.trainers.dpo_collator import VideoDPOCollator
 from longvideo.trainers.dpo_config import VideoDPOConfig
@@ -15,6 +18,8 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 __all__ = [
     "IGNORE_INDEX",
+    "CrossGranularityConfig",
+    "CrossGranularityTrainer",
     "DataReport",
     "VideoDPOCollator",
     "VideoDPOConfig",
@@ -26,10 +31,12 @@ __all__ = [
     "apply_liger",
     "check_adapter",
     "check_batch",
+    "coarse_grounding_row",
     "consolidate_checkpoint",
     "dpo_loss",
     "find_last_checkpoint",
     "find_stage",
+    "fine_answer_row",
     "load_adapter",
     "load_recipe",
     "load_video_rows",

@@ -13,6 +13,8 @@ from longvideo.processing.shared.frame_sampling import clip_range
 from longvideo.processing.shared.video_inputs import channels_first, describe_array, flatten_videos, to_metadata
 from longvideo.processing.shared.video_sources import downloaded, is_remote
 
+READ_FRAMES = 32
+
 
 @contextmanager
 def local_copy(video: Any) -> Iterator[Any]:
@@ -135,14 +137,30 @@ class SourceFrames:
         Returns:
             (F, C, S, S) pixels.
         """
+        return torch.cat(list(self.read_parts(processor, indices)))
+
+    def read_parts(self, processor: Any, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Read frames and bring them to the form that the model takes, a part of them at a time.
+
+        Args:
+            processor: Video processor with `read_file`.
+            indices: Zero-based indices in the source, ascending.
+
+        Yields:
+            (F, C, S, S) pixels of the next frames, at most `READ_FRAMES`: as numbers they take four times the room. The
+            file is opened once.
+        """
+        if not len(indices):
+            return
         if self.frames_FCHW is None:
             frames, _ = processor.read_file(self.video, lambda _: np.asarray(indices), options={}, call={})
         else:
             frames = self.frames_FCHW[torch.as_tensor(indices)]
-        # The rate is of no use to single frames; without one there would be a warning.
-        facts = {"fps": 1.0, "total_num_frames": len(frames)}
-        read = processor(frames, do_sample_frames=False, video_metadata=[facts], return_tensors="pt")
-        return read["pixel_values_videos"][0]
+        for part in frames.split(READ_FRAMES):
+            # The rate is of no use to single frames; without one there would be a warning.
+            facts = {"fps": 1.0, "total_num_frames": len(part)}
+            read = processor(part, do_sample_frames=False, video_metadata=[facts], return_tensors="pt")
+            yield read["pixel_values_videos"][0]
 
 
 def source_key(video: Any) -> str:
