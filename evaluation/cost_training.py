@@ -69,7 +69,7 @@ def count_row(batch: Mapping[str, Any], config: PreTrainedConfig) -> RowCounts:
 
     Returns:
         The counts. Where the model puts visual tokens in place of a single placeholder, they are estimated from the
-        number of frames; a picture counts as one frame.
+        number of frames, at most as many as there may be; a picture counts as one frame.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     marks = [getattr(config, f"{kind}_token_id", None) for kind in ("video", "image")]
@@ -84,8 +84,11 @@ def count_row(batch: Mapping[str, Any], config: PreTrainedConfig) -> RowCounts:
     if placeholders <= len(frames) + images and placeholders:
         estimate = counter_of(config).estimate
         usable = counter_of(config).usable_frames
-        counts = [estimate(config, usable(config, count), num_text=text) for count in (*frames, *[1] * images)]
-        visual = sum(count.visual_tokens for count in counts)
+        counts = [
+            estimate(config, usable(config, count), num_text=text, new_tokens=0) for count in (*frames, *[1] * images)
+        ]
+        # Bounds where content decides: the upper one.
+        visual = sum(max(n) if isinstance(n := count.visual_tokens, tuple) else n for count in counts)
     return RowCounts(text + visual, visual, sum(frames) + images, int((labels >= 0).sum()))
 
 
@@ -142,7 +145,7 @@ def activation_bytes(
         held = tower_values_per_token(vision, int(inner))
         frames, layers = rows * row.frames, vision.num_hidden_layers
         if tower_learns:
-            held = layers * vision.hidden_size + 2 * held if checkpointing else layers * 2 * held
+            held = layers * vision.hidden_size + held if checkpointing else layers * 2 * held
         else:
             frames = min(frames, getattr(config, "vision_chunk_size", None) or frames)
         total += frames * patches_of(vision) * held * value
