@@ -120,7 +120,7 @@ def test_an_address_is_downloaded_once(pipe, clips, monkeypatch) -> None:
         fetched.append(address)
         yield clips[0]
 
-    monkeypatch.setattr("longvideo.cross_granularity.sources.downloaded", copied)
+    monkeypatch.setattr("longvideo.processing.crossvllm.source_frames.downloaded", copied)
     result = pipe("https://example.org/a.mp4", ["A?", "B?"], max_new_tokens=2, max_rounds=0)
     assert len(fetched) == 1 and result[0]["duration"] == 10.0
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -12,17 +13,24 @@ from longvideo.pipelines import check_checkpoint, load_pipeline
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.videos import make_sound, make_video
 
 QUESTION = "What happens?"
 MAKERS = {
     "videochat_flash": (tiny_videochat_flash_model, tiny_videochat_flash_processor),
     "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor),
+    "crossvllm": (partial(tiny_crossvllm_model, adapters=False), tiny_crossvllm_processor),
 }
 BREAKABLE = {
     "videochat_flash": ("language_model.layers.2.mlp.up_proj", "vision_tower.blocks.1.mlp.fc1"),
     "crosslmm": ("language_model.layers.2.dual_cross_attention.t2v.k_proj", "vision_tower.encoder.layers.0.mlp.fc1"),
+    "crossvllm": ("language_model.layers.0.mlp.up_proj", "vision_tower.encoder.layers.0.mlp.fc1"),
 }
+PROJECTOR = {"crossvllm": "model.projectors.coarse.linear_1.weight"}
+# What is about the frames of one look; CrossVLLM takes several, unless it is told so.
+ONE_LOOK = {"crossvllm": ("--granularity", "coarse")}
 
 
 def save(model_type, folder, **kwargs):
@@ -127,15 +135,15 @@ def test_empty_question(fail, question):
     assert "The question is empty" in fail(question=question)
 
 
-def test_window_outside_the_video(fail):
+def test_window_outside_the_video(fail, model_type):
     # The clip lasts 6 s.
-    line = fail("--start", "60", "--end", "70")
+    line = fail("--start", "60", "--end", "70", *ONE_LOOK.get(model_type, ()))
     assert "60" in line and "6" in line
 
 
-def test_too_many_tokens(fail):
+def test_too_many_tokens(fail, model_type):
     # 2048 positions; the prompt itself fits.
-    line = fail("--max-new-tokens", "2000", "--num-frames", "8")
+    line = fail("--max-new-tokens", "2000", "--num-frames", "8", *ONE_LOOK.get(model_type, ()))
     assert "at most 2048" in line and "2000" in line
     assert "num_frames=" in line or "lower max_new_tokens" in line
 
@@ -240,15 +248,15 @@ def test_weights_that_are_no_safetensors(fail, good, tmp_path, content):
     assert "model.safetensors' is not a readable safetensors file" in fail(model=folder)
 
 
-def test_missing_weight(fail, good, tmp_path):
-    name = "model.multi_modal_projector.linear_1.weight"
+def test_missing_weight(fail, good, model_type, tmp_path):
+    name = PROJECTOR.get(model_type, "model.multi_modal_projector.linear_1.weight")
     folder = change_weights(copy(good, tmp_path), lambda weights: weights.pop(name))
     line = fail(model=folder)
     assert name in line and "1 missing, for example" in line
 
 
-def test_weight_of_another_shape(fail, good, tmp_path):
-    name = "model.multi_modal_projector.linear_1.weight"
+def test_weight_of_another_shape(fail, good, model_type, tmp_path):
+    name = PROJECTOR.get(model_type, "model.multi_modal_projector.linear_1.weight")
 
     def widen(weights):
         weights[name] = torch.zeros(32, 33)

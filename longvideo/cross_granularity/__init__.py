@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "ControllerRules": "controller",
-    "CrossGranularityController": "controller",
-    "make_controller": "modules",
-    "video_duration": "sources",
-    "CrossGranularityAnswer": "trace",
-    "ModuleCall": "trace",
-    "VideoQuestion": "trace",
-    "describe_rounds": "trace",
+    "ControllerRules": "longvideo.cross_granularity.controller",
+    "CrossGranularityController": "longvideo.cross_granularity.controller",
+    "make_controller": "longvideo.cross_granularity.modules",
+    "video_duration": "longvideo.processing.crossvllm.source_frames",
+    "CrossGranularityAnswer": "longvideo.cross_granularity.trace",
+    "ModuleCall": "longvideo.cross_granularity.trace",
+    "VideoQuestion": "longvideo.cross_granularity.trace",
+    "describe_rounds": "longvideo.cross_granularity.trace",
 }
 
 __all__ = [*_EXPORTS]
@@ -19,5 +19,5 @@ __all__ = [*_EXPORTS]
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+        return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
-from longvideo.cross_granularity.sources import SourceFrames, cut_of, source_key
 from longvideo.cross_granularity.trace import Module, ModuleCall, ModuleName
 from longvideo.pipelines import accounting, grounding
 from longvideo.pipelines.encoding import SharedVideo
+from longvideo.processing.crossvllm.source_frames import SourceFrames, cut_of, source_key
 
 BATCH_SIZE = 4
 KEPT_VIDEOS = 4
-READ_FRAMES = 32
 
 
 class PipelineModule:
@@ -182,8 +181,10 @@ class SeenFrames:
             self.sources[key] = SourceFrames(call.source.video, call.source.metadata)
         source = self.sources[key]
         indices = source.choose(processor, call.segment, **wishes)
-        for part in parts_of(self.cache.missing(key, indices), READ_FRAMES):
-            pixels = self.pipe._cast("pixel_values_videos", source.read(processor, part)).to(self.pipe.device)
+        new = self.cache.missing(key, indices)
+        for pixels in source.read_parts(processor, new):
+            part, new = new[: len(pixels)], new[len(pixels) :]
+            pixels = self.pipe._cast("pixel_values_videos", pixels).to(self.pipe.device)
             self.pipe.model.get_vision_features(pixels[None], cache=self.cache, sources=[key], frame_indices=[part])
             self.num_decoded += len(part)
         return self.cache.gather(key, indices)
@@ -417,14 +418,14 @@ def generate_texts(
         One text per row.
 
     Raises:
-        ValueError: A prompt does not fit the model.
+        ValueError: A prompt does not fit the model, or its weights give no finite numbers.
     """
     settings = {**pipe._generate_settings(dict(generate_kwargs or {})), "return_dict_in_generate": False}
     length = tensors["input_ids"].shape[1]
     for ids_S, mask_S in zip(tensors["input_ids"], tensors["attention_mask"], strict=True):
         row = {"input_ids": ids_S[mask_S.bool()][None]}
         accounting.check_budget(row, pipe.model.config, pipe._max_new_tokens(settings, row["input_ids"].shape[1]))
-    with pipe.device_placement(), torch.no_grad():
+    with pipe.device_placement(), torch.no_grad(), accounting.trace_call(pipe.model):
         on_device = {name: value.to(pipe.device) for name, value in tensors.items()}
         ids_BS = pipe.model.generate(**on_device, **settings)
     if ids_BS.shape[1] >= length:

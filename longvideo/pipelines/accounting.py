@@ -219,7 +219,7 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
 
     Args:
         model: a conditional generation model with the usual names inside: towers end in `_tower`, the last modules
-            before the decoder are `multi_modal_projector` or the children of a `packer` behind it.
+            before the decoder are `multi_modal_projector`, one of `projectors`, or the children of a `packer` behind.
 
     Yields:
         The trace, complete when the block is left.
@@ -254,7 +254,7 @@ def trace_call(model: nn.Module) -> Iterator[CallTrace]:
     for name, module in modules.items():
         if name.endswith("_tower"):
             handles.append(module.register_forward_pre_hook(tower_starts))
-        elif name.split(".")[-1] == "multi_modal_projector" or name.split(".")[-2:-1] == ["packer"]:
+        elif name.split(".")[-1] == "multi_modal_projector" or name.split(".")[-2:-1] in (["packer"], ["projectors"]):
             handles.append(module.register_forward_hook(projector_ends))
     trace.start = _now(device)
     try:

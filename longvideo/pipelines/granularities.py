@@ -11,9 +11,9 @@ from transformers.utils.chat_template_utils import Chat
 
 from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
 from longvideo.cross_granularity.modules import BATCH_SIZE, granularity_modules, has_granularities
-from longvideo.cross_granularity.sources import local_copy, video_duration
 from longvideo.cross_granularity.trace import CrossGranularityAnswer, VideoQuestion
 from longvideo.pipelines import inputs
+from longvideo.processing.crossvllm.source_frames import local_copy, video_duration
 
 RULE_KEYS = tuple(entry.name for entry in dataclasses.fields(ControllerRules))
 OPTION_KEYS = ("coarse_options", "fine_options")
@@ -197,13 +197,14 @@ def check_row(row: Any) -> None:
         ValueError: It has messages, a picture or no question.
         OSError: The video cannot be opened.
     """
-    if not isinstance(row, Mapping) or "messages" in row or row.get("video") is None:
-        what = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    if not isinstance(row, Mapping):
+        raise ValueError(f"A {type(row).__name__} came without a question: pass question=..., or dicts with both.")
+    if "messages" in row or row.get("image") is not None:
         raise ValueError(
-            f"Each row needs 'video' and 'question', got {what}. Give granularity='coarse' or 'fine' to ask about "
-            "chats and pictures among other rows."
+            f"Each row needs 'video' and 'question', got {sorted(map(str, row))}. Give granularity='coarse' or 'fine' "
+            "to ask about chats and pictures among other rows."
         )
-    inputs.check_source(row["video"])
+    inputs.row_to_block(row, start=None, end=None)
     inputs.check_question(row.get("question"))
 
 

@@ -147,8 +147,8 @@ class SourceFrames:
             indices: Zero-based indices in the source, ascending.
 
         Yields:
-            (F, C, S, S) pixels of the next frames, at most `READ_FRAMES`: as numbers they take four times the room. The
-            file is opened once.
+            (F, C, S, S) pixels of the next frames, at most `READ_FRAMES`: as numbers they take four times the room.
+                The file is opened once.
         """
         if not len(indices):
             return

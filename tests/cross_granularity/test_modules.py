@@ -11,9 +11,10 @@ import torch
 from longvideo.cross_granularity import modules
 from longvideo.cross_granularity.controller import ControllerRules
 from longvideo.cross_granularity.modules import GranularityModule, PipelineModule, granularity_modules, make_controller
-from longvideo.cross_granularity.sources import SourceFrames, video_duration
 from longvideo.cross_granularity.trace import ModuleCall, VideoQuestion
 from longvideo.pipelines.video_question_answering import VideoQuestionAnsweringPipeline
+from longvideo.processing.crossvllm import source_frames
+from longvideo.processing.crossvllm.source_frames import SourceFrames, video_duration
 from tests.tiny import tiny_tokenizer, tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crossvllm import tiny_crossvllm_model
 from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
@@ -170,6 +171,20 @@ def test_no_frame_goes_through_the_tower_twice(cross, clip, monkeypatch) -> None
     assert sum(frames) == len(taken)
     coarse.frames.forget()
     assert len(coarse.frames.cache) == 0
+
+
+def test_many_frames_are_read_with_one_opening(cross, clip, monkeypatch) -> None:
+    opened, features = [], []
+    kind = type(cross.processor.video_processor)
+    read = kind.read_file
+    monkeypatch.setattr(kind, "read_file", lambda *args, **kwargs: opened.append(1) or read(*args, **kwargs))
+    for size in (5, 32):
+        monkeypatch.setattr(source_frames, "READ_FRAMES", size)
+        frames = granularity_modules(cross)[0].frames
+        features.append(frames.look(call(clip), {"granularity": "coarse"}))
+    assert len(opened) == 2 and frames.num_decoded == 12
+    # 1e-5: the tower sees other batches.
+    assert torch.allclose(*features, atol=1e-5)
 
 
 def test_a_crossvllm_is_both_modules(cross, clip) -> None:
