@@ -170,6 +170,27 @@ class CrossVLLMGranularityMixin:
         self.set_trainable(*GRANULARITIES)
         self.config.adapters = True
 
+    def begin_coarse(self) -> None:
+        """Gets ready for supervised finetuning of the coarse module: `prepare_model` of the recipe's stage 2.
+
+        A model without adapters comes from the alignment: f' starts as a copy of f, and both get their adapters.
+
+        Raises:
+            ImportError: peft is not installed.
+        """
+        self._begin("coarse")
+
+    def begin_fine(self) -> None:
+        """Gets ready for supervised finetuning of the fine module, see `begin_coarse`."""
+        self._begin("fine")
+
+    def _begin(self, granularity: str) -> None:
+        if not self.has_adapters:
+            self.copy_projector("coarse", "fine")
+            self.add_adapters()
+        self.set_granularity(granularity)
+        self.set_trainable(granularity)
+
     def copy_projector(self, source: str = "coarse", target: str = "fine") -> None:
         """Lets one projector start from another, as f' does from the aligned f.
 

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longvideo.trainers import VideoSFTConfig, find_stage, load_recipe, recipe_names
+from longvideo.trainers import CrossGranularityConfig, VideoSFTConfig, find_stage, load_recipe, recipe_names
 from longvideo.trainers.recipe import RECIPES_DIR
 
-STAGES = {"crosslmm": 2, "llava_st": 3, "longvu": 2, "videochat_flash": 4}
+STAGES = {"crosslmm": 2, "crossvllm": 4, "llava_st": 3, "longvu": 2, "videochat_flash": 4}
 FILES = sorted(RECIPES_DIR.glob("*/*.yaml"))
+# Table 4 of CrossVLLM; all others train for one epoch.
+EPOCHS = {"crossvllm/stage2_coarse_grounding": 3, "crossvllm/stage3_fine_answers": 10}
+EPOCHS |= {"crossvllm/stage4_cross_granularity": 2}
 SOURCES = re.compile(r"  # (paper|script|ours)\b")
 
 
@@ -39,10 +42,12 @@ def test_a_source_stands_beside_every_value(path):
 def test_batches_and_fields(path, tmp_path):
     name, entry = find_stage(name_of(path))
     assert name == path.stem and set(entry) <= {"data", "model", "lora", "gpus", "global_batch_size", "args"}
-    args = VideoSFTConfig.from_recipe(path.parent.name, name, output_dir=str(tmp_path), bf16=False)
+    config = CrossGranularityConfig if "num_policies" in entry["args"] else VideoSFTConfig
+    args = config.from_recipe(path.parent.name, name, output_dir=str(tmp_path), bf16=False)
     rows = entry["gpus"] * args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert rows == entry["global_batch_size"]
-    assert args.num_train_epochs == 1 and args.lr_scheduler_type == "cosine" and args.gradient_checkpointing
+    assert args.num_train_epochs == EPOCHS.get(name_of(path), 1)
+    assert args.lr_scheduler_type == "cosine" and args.gradient_checkpointing
 
 
 def test_a_stage_has_several_names(tmp_path):
