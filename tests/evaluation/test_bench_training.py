@@ -26,6 +26,7 @@ def fake_result() -> dict:
     """Measurements that meet every target."""
     steps = {f"{name}/64": {"seconds": 4.0, "cpu_seconds": 2.0, "peak_bytes": 10**9, "rows": 2} for name in STEPS}
     steps["sft+stored/64"].update(cpu_seconds=0.5, seconds=1.0)
+    steps["sft+lora/64"].update(cpu_seconds=9.0)  # of no target
     for name in ("dpo+lora", "dpo+lora+checkpointing", "dpo+lora+stored"):
         steps[f"{name}/64"].update(cpu_seconds=3.0, seconds=5.0, rows=1)
     for name in ("sft+checkpointing", "sft+lora+checkpointing", "dpo+lora+checkpointing"):
