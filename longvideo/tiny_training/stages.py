@@ -90,6 +90,7 @@ CLIPS = (
     replace(STAGES[5], name="6c-mixed", num_videos=8_000, mixed=MIXED),
     replace(STAGES[5], name="6d-coming-and-going", num_videos=8_000, mixed=COMING),
     replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=((MOVING, None), *(("full", None),) * 3)),
+    replace(STAGES[4], name="8-everything", letters=0.0, mixed=((MOVING, None), *(("full", None),) * 5)),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
