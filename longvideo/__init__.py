@@ -56,6 +56,8 @@ _EXPORTS = {
     "CrossVLLMProcessor": "longvideo.processing.crossvllm.processing_crossvllm",
     "CrossVLLMVideoProcessor": "longvideo.processing.crossvllm.video_processing_crossvllm",
     "VideoQuestionAnsweringPipeline": "longvideo.pipelines",
+    "CrossGranularityConfig": "longvideo.trainers.cross_granularity_config",
+    "CrossGranularityTrainer": "longvideo.trainers.cross_granularity_trainer",
     "VideoDPOConfig": "longvideo.trainers.dpo_config",
     "VideoDPOTrainer": "longvideo.trainers.dpo_trainer",
     "VideoSFTCollator": "longvideo.trainers.collators",

@@ -55,6 +55,8 @@ PUBLIC = {
     "LongVUVideoProcessor",
     "LongVUImageProcessor",
     "VideoQuestionAnsweringPipeline",
+    "CrossGranularityConfig",
+    "CrossGranularityTrainer",
     "VideoDPOConfig",
     "VideoDPOTrainer",
     "VideoSFTCollator",
