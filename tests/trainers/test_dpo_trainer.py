@@ -23,7 +23,7 @@ from tests.trainers.dpo_runs import (
     single_scores,
     trainer_scores,
 )
-from tests.trainers.sft_runs import changed_names, image_row, snapshot
+from tests.trainers.sft_runs import changed_names, image_row, short_run, snapshot
 from tests.trainers.toy_rows import colour_row
 from tests.trainers.zoo import KINDS
 
@@ -426,3 +426,21 @@ def test_longvu_may_leave_labelled_answers_out_of_its_query():
             seen = [model(**x).video_selections[0] for x in (batch, other)]
         assert seen[0].mode == "mix"
         assert torch.equal(seen[0].query_scores, seen[1].query_scores) == option
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_costs_little_more_than_finetuning_on_both_answers(tmp_path, name):
+    """Operations of forward and backward, counted: at most 1.6 times those of both answers as rows of their own."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows = pairs_of(name)
+    both = [{"messages": [*row["prompt"], *row[side]]} for row in rows for side in ("chosen", "rejected")]
+    plain = short_run(tmp_path, adapted(name), KINDS[name].processor(), both)
+    costs = []
+    for trainer, batch in ((plain, both), (dpo_run(tmp_path, name, adapted(name), rows), rows)):
+        inputs = trainer.data_collator(batch)
+        trainer.model.train()
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, inputs).backward()
+        costs.append(counter.get_total_flops())
+    assert 0.5 * costs[0] < costs[1] <= 1.6 * costs[0]
