@@ -6,6 +6,7 @@ To renew the record after a wanted change of numerics: LONGVIDEO_RENEW=1 python 
 import json
 import os
 import platform
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,23 @@ def environment() -> dict[str, str]:
     }
 
 
+def with_named_weights(model: Any) -> Any:
+    """Random weights that depend on the names of parameters alone: versions of transformers begin with others."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Biases, norms and closed gates begin with one value everywhere.
+            if parameter.numel() > 1 and not (parameter == parameter.flatten()[0]).all():
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_loss_trajectory_of_30_steps(tmp_path, name):
     make_model, make_processor, settings = RUNS[name]
     args = {"max_steps": NUM_STEPS, "learning_rate": 2e-3}
-    trainer = short_run(tmp_path, make_model(**settings), make_processor(), toy_rows(8), **args)
+    model = with_named_weights(make_model(**settings))
+    trainer = short_run(tmp_path, model, make_processor(), toy_rows(8), **args)
     trainer.train()
     curve = losses(trainer)
     record = json.loads(TRAJECTORY.read_text(encoding="utf-8")) if TRAJECTORY.is_file() else {"runs": {}}
@@ -67,7 +80,8 @@ def test_loss_trajectory_of_30_steps(tmp_path, name):
     made_with = record["runs"][name]["environment"]
     # Adam turns rounding of near-zero gradients, which differs between CPUs, into steps of full size.
     assert max(drift) < 0.02 and sum(drift) / NUM_STEPS < 0.005, f"{max(drift)=:.4f}, recorded with {made_with}"
-    assert sum(curve[-4:]) < 0.5 * sum(curve[:4])
+    # From guessing (log of the vocabulary) to less; small random weights learn slowly at this rate.
+    assert sum(curve[-4:]) < 0.75 * sum(curve[:4])
 
 
 @pytest.mark.parametrize("name", RUNS)
