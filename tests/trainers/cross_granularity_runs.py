@@ -70,11 +70,11 @@ def short_run(folder: Path, model: Any, processor: Any, rows: list[dict[str, Any
 
 
 @contextmanager
-def scripted(policies: Callable[[Any, int], list[str]], tokenizer: Any) -> Iterator[list[Any]]:
+def scripted(policies: Callable[[Any, str], list[str]], tokenizer: Any) -> Iterator[list[Any]]:
     """Lets the coarse module write given texts; yields the calls.
 
     Args:
-        policies: gives the texts of a call from its number of samples (None: most likely text) and its position.
+        policies: gives the texts of a call from its number of samples (None: most likely text) and its prompt.
         tokenizer: of the processor.
     """
     original, calls = cross_granularity_trainer.generate, []
@@ -83,7 +83,7 @@ def scripted(policies: Callable[[Any, int], list[str]], tokenizer: Any) -> Itera
         if settings["granularity"] != "coarse":
             return original(model, prompt_ids, features, **settings)
         calls.append((settings["num_samples"], len(prompt_ids), model.granularity))
-        texts = policies(settings["num_samples"], len(calls) - 1)
+        texts = policies(settings["num_samples"], tokenizer.decode(prompt_ids))
         return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
     with mock.patch.object(cross_granularity_trainer, "generate", write):
