@@ -32,7 +32,8 @@ def test_two_processes_are_one(tmp_path, request):
         expected = [entry[key] for entry in trainer.state.log_history if key in entry]
         # gradients are summed in another order; Adam's first steps follow signs, which 1e-4 leaves room for
         assert [entry[key] for entry in two if key in entry] == pytest.approx(expected, abs=1e-4), key
-    assert {0.5, 1.0, 1.5, 2.0} & {entry["coarse/pairs"] for entry in two if "coarse/pairs" in entry}
+    # in each coarse step one process compares two pairs and the other none
+    assert [entry["coarse/pairs"] for entry in two if "coarse/pairs" in entry] == [1.0, 1.0]
     stored = load_file(tmp_path / "weights.safetensors")
     for name, weight in worker.weights_of(trainer).items():
         torch.testing.assert_close(stored[name], weight, atol=5e-4, rtol=0, msg=name)
