@@ -84,7 +84,7 @@ def test_names_of_the_package_come_before_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert list(load_recipe("longvu")["stages"]) == ["stage1_image", "stage2_video"]
     (tmp_path / "mine").mkdir()
-    with pytest.raises(FileNotFoundError, match="mine holds no .yaml file"):
+    with pytest.raises(FileNotFoundError, match=r"mine holds no \.yaml file"):
         load_recipe("mine")
 
 
