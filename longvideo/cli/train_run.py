@@ -1,6 +1,7 @@
 """Loading, counting and training of `longvideo train`."""
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -74,11 +75,24 @@ def load_config(args: argparse.Namespace, plan: Plan) -> "PreTrainedConfig":
     Returns:
         The configuration.
     """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
     from longvideo.cli.estimate import load_config as find_config
 
-    config, _ = find_config(find_folder(args.model))
+    folder = find_folder(args.model)
+    if os.path.isfile(os.path.join(folder, "config.json")) and _model_type(folder) in CONFIG_MAPPING:
+        config = AutoConfig.from_pretrained(folder)
+    else:
+        config, _ = find_config(folder)
     plain, _ = split_fields(config, plan.model_fields)
     return change_config(config, plain, plan.notes)
+
+
+def _model_type(folder: str) -> str:
+    try:
+        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    except (ValueError, AttributeError):
+        return ""
 
 
 def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
