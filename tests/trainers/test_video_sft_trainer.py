@@ -372,9 +372,7 @@ def test_recipe_of_the_paper(tmp_path, stage, parts, rate, batch, length):
 
 
 def test_unknown_recipes(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"No recipe 'absent'.*\['crosslmm', 'llava_st', 'longvu', 'videochat_flash'\]"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"No recipe 'absent'.*\['crosslmm', .*'videochat_flash'\]"):
         load_recipe("absent")
     with pytest.raises(ValueError, match=r"has no stage 5; it has \['stage1_alignment'"):
         VideoSFTConfig.from_recipe("videochat_flash", 5, output_dir=str(tmp_path))
