@@ -65,6 +65,8 @@ def test_steps_alternate_and_each_module_has_its_rate(tmp_path):
 
     def note(wrapped, inputs, *args, **kwargs):
         rows.append((trainer.phase, [question.name for question in inputs["questions"]]))
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert learning == names_of(model, trainer.phase)
         return compute_loss(wrapped, inputs, *args, **kwargs)
 
     trainer.begin_step, trainer.compute_loss = watch, note
