@@ -129,3 +129,15 @@ def test_decoder_and_shared_embeddings_are_taken_over() -> None:
 def test_a_decoder_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"size mismatch|does not fit"):
         take_decoder(tiny_longvu_model(), train_tokenizer(300), TINY_FOLDER / "videochat_flash")
+
+
+def test_clips_of_few_frames_come_among_whole_videos_and_every_row_asks_something() -> None:
+    stage = stages_of(TINY_MODELS["longvu"])[-3]
+    data = CorpusConversations(stage, size=24, num_frames=16, first_seed=0)
+    lengths = []
+    for batch in range(20):
+        rows = [data[index]["messages"] for index in range(8 * batch, 8 * batch + 8)]
+        numbers = {len(messages[0]["content"][0]["video"]) for messages in rows}
+        assert len(numbers) == 1 and all(len(messages) >= 2 for messages in rows)
+        lengths += numbers
+    assert set(lengths) == {4, 16} and 6 <= lengths.count(4) <= 18

@@ -79,18 +79,34 @@ ALIGN = Stage("0-align", 3_200, 3e-3, "linear", 20, "full", 0.35, 0.35, 0.5, 0.0
 PICTURES = Stage("1-pictures", 3_200, 7e-4, "constant_with_warmup", 20, "full", 0.0, 0.0, 0.5, 0.0, pictures=True)
 FULL = Stage("2-full", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.2, 0.2, 0.5, 0.0)
 # Towers that see single frames tell no direction: it has to be read off places, and is learned from few frames with
-# nothing else in them, then of the shape that was named. What was learned so is lost in whole videos alone, and kept
-# where they come among clips.
-CLIP = Stage("6a-clips", 16_000, 1e-3, "constant_with_warmup", 20, ONE_MOVES, 0.2, 0.1, 0.5, 0.0, num_frames=4)
-MIXED = ((TWO_MOVE, 4), (TWO_MOVE, 8), (TWO_MOVE, None), (MOVING, None))
-COMING = ((TWO_MOVE, None), (TWO_COME_AND_GO, 8), (TWO_COME_AND_GO, None), (MOVING, None), (MOVING, None))
+# nothing else in them. Whole videos come all along: without them letters, shapes and orders fade for good.
+AMONG_CLIPS = ((ONE_MOVES, 4), (ONE_MOVES, 4), (TWO_MOVE, 4), ("full", None), ("full", None))
+TOWARDS_VIDEOS = (
+    (TWO_MOVE, 4),
+    (TWO_MOVE, None),
+    (TWO_COME_AND_GO, None),
+    (MOVING, None),
+    ("full", None),
+    ("full", None),
+)
+CLIP_KINDS = ALL_KINDS + ("direction",) * 10
 CLIPS = (
-    replace(CLIP, kinds=("direction",)),
-    replace(CLIP, name="6b-two-move", num_videos=12_800, difficulty=TWO_MOVE, kinds=("direction",) * 5 + ("colour",)),
-    replace(STAGES[5], name="6c-mixed", num_videos=8_000, mixed=MIXED),
-    replace(STAGES[5], name="6d-coming-and-going", num_videos=8_000, mixed=COMING),
+    Stage(
+        "6a-clips",
+        24_000,
+        7e-4,
+        "constant_with_warmup",
+        20,
+        "full",
+        0.08,
+        0.08,
+        0.5,
+        0.0,
+        CLIP_KINDS,
+        mixed=AMONG_CLIPS,
+    ),
+    Stage("6b-videos", 12_000, 7e-4, "constant_with_warmup", 20, "full", 0.04, 0.08, 0.5, 0.0, mixed=TOWARDS_VIDEOS),
     replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=((MOVING, None), *(("full", None),) * 3)),
-    replace(STAGES[4], name="8-everything", letters=0.0, mixed=((MOVING, None), *(("full", None),) * 5)),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
