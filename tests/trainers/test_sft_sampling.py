@@ -62,6 +62,8 @@ def test_order_follows_seed_and_epoch():
     assert sorted(first) == list(range(200)) and first == list(GroupedRows(2, lengths=lengths, seed=3))
     sampler.set_epoch(1)
     assert list(sampler) != first
+    sampler.set_epoch(0)
+    assert list(sampler) == first != list(GroupedRows(2, lengths=lengths, seed=4))
     # 100 rows per chunk of which batches are made: neighbours are alike, but for the ends of the chunks.
     unequal = sum(lengths[a] != lengths[b] for a, b in zip(first[::2], first[1::2], strict=True))
     assert unequal < 20
