@@ -130,6 +130,7 @@ class VideoSFTTrainer(Trainer):
             )
         if data_collator is None:
             data_collator = _default_collator(processing_class, args)
+        self._own_collator = data_collator
         if model is not None:
             _prepare(model, args)
             self._open_store(model, args, data_collator)
@@ -162,7 +163,8 @@ class VideoSFTTrainer(Trainer):
         """Build the model with `model_init`, prepare it and freeze what does not learn."""
         model = super().call_model_init(trial)
         _prepare(model, self.args)
-        self._open_store(model, self.args, self.data_collator)
+        # The base class builds a first model before it knows its collator.
+        self._open_store(model, self.args, getattr(self, "data_collator", self._own_collator))
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
