@@ -153,7 +153,7 @@ class VideoSFTCollator:
         """
         names, encoded, num_skipped = self._encode_rows(rows)
         batch: dict[str, Any] = self._pad_sequences(encoded)
-        batch.update(_concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
+        batch.update(concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
         entries = [entry for row in encoded for entry in row.get("encoded_videos", ())]
         if entries:
             batch["encoded_videos"] = entries
@@ -198,7 +198,7 @@ class VideoSFTCollator:
 
     def _equal_frames(self, encoded: list[tuple[Any, str, dict[str, Any]]]) -> list[tuple[Any, str, dict[str, Any]]]:
         """Brings all videos of a batch to the fewest frames that the budget of a row asks for; they are stacked."""
-        counts = [_num_frames(output) for _, _, output in encoded]
+        counts = [frames_per_video(output) for _, _, output in encoded]
         least = min((count for row in counts for count in row), default=0)
         return [
             (row, where, output if set(own) <= {least} else self._encode_row(row, where, num_frames=least))
@@ -244,7 +244,7 @@ class VideoSFTCollator:
             output, stored = self._read_or_name(messages, where)
             if not self._budget:
                 return messages, output, stored
-            frames = _num_frames(output)
+            frames = frames_per_video(output)
             num_text = output["input_ids"].shape[1] - self._budget.count_visual(frames)
             smaller = self._budget.reduce(messages, frames, num_text=num_text, where=where)
             if smaller is None:
@@ -375,10 +375,18 @@ class VideoSFTCollator:
         return batch
 
 
-def _concatenate_visuals(
+def concatenate_visuals(
     encoded: list[dict[str, torch.Tensor]], *, flat_videos: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Put the pixel tensors of the rows one after another; flat videos become frames with counts."""
+    """Put the pixel tensors of the rows one after another.
+
+    Args:
+        encoded: Processor output of each row, changed in place.
+        flat_videos: Whether videos become (sum F, 3, height, width) with `video_num_frames`, for unequal lengths.
+
+    Returns:
+        Every tensor but those of the sequence, along its first axis.
+    """
     has_grids = any("image_grids" in row for row in encoded)
     for row in encoded:
         if flat_videos:
@@ -400,8 +408,15 @@ def _flatten_videos(row: dict[str, torch.Tensor]) -> None:
         row["video_num_frames"] = torch.full((num_videos,), num_frames, dtype=torch.int64)
 
 
-def _num_frames(output: Mapping[str, Any]) -> list[int]:
-    """Frames of each video of a row."""
+def frames_per_video(output: Mapping[str, Any]) -> list[int]:
+    """Count the frames of each video of a row.
+
+    Args:
+        output: Processor output of the row, with pixels or `encoded_videos`.
+
+    Returns:
+        Frames of each video.
+    """
     if output.get("encoded_videos"):
         return [entry.num_frames for entry in output["encoded_videos"]]
     if output.get("video_num_frames") is not None:

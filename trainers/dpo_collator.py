@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from longvideo.trainers.batch_checks import BatchFacts, check_batch
-from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, _concatenate_visuals, _num_frames
+from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, concatenate_visuals, frames_per_video
 from longvideo.trainers.dpo_config import PADDING_SIDES
 from longvideo.trainers.message_rows import describe_row, normalize_messages, visual_blocks
 
@@ -71,7 +71,7 @@ class VideoDPOCollator(VideoSFTCollator):
         rejected = [row.pop("rejected") for row in encoded]
         references = [row.pop("references") for row in encoded]
         batch = self._pad_answers([*encoded, *rejected])
-        batch.update(_concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
+        batch.update(concatenate_visuals(encoded, flat_videos=self._has_flat_videos))
         entries = [entry for row in encoded for entry in row.get("encoded_videos", ())]
         if entries:
             batch["encoded_videos"] = entries
@@ -117,7 +117,7 @@ class VideoDPOCollator(VideoSFTCollator):
         with visuals_read_once(self.processor) if self.encoded_features is None else nullcontext():
             encode = super()._encode_row
             encoded = [encode(*conversation, num_frames=num_frames) for conversation in conversations]
-            frames = [_num_frames(output) for output in encoded]
+            frames = [frames_per_video(output) for output in encoded]
             if frames[0] != frames[1]:
                 least = min(min(frames[0]), min(frames[1]))
                 encoded = [encode(*conversation, num_frames=least) for conversation in conversations]

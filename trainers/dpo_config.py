@@ -8,7 +8,7 @@ from longvideo.trainers.sft_config import VideoSFTConfig
 
 PADDING_SIDES = ("left", "right")
 # Settings of supervised finetuning that say nothing about pairs of answers, with the only value that fits here.
-_SFT_ONLY = {"mask": "assistant", "label_rule": None, "blank_image_position": None}
+SFT_ONLY = {"mask": "assistant", "label_rule": None, "blank_image_position": None}
 
 
 @dataclass
@@ -60,7 +60,7 @@ class VideoDPOConfig(VideoSFTConfig):
             raise ValueError("label_smoothing has no meaning for loss_type='ipo'; set it to 0.")
         if self.padding_side not in PADDING_SIDES:
             raise ValueError(f"padding_side={self.padding_side!r} is unknown; use one of {PADDING_SIDES}.")
-        for name, value in _SFT_ONLY.items():
+        for name, value in SFT_ONLY.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is a setting of supervised finetuning; preferences compare the "
@@ -89,4 +89,4 @@ class VideoDPOConfig(VideoSFTConfig):
             FileNotFoundError: No such recipe.
             ValueError: No such stage.
         """
-        return super().from_recipe(recipe, stage, output_dir=output_dir, **{**_SFT_ONLY, **overrides})
+        return super().from_recipe(recipe, stage, output_dir=output_dir, **{**SFT_ONLY, **overrides})

@@ -21,7 +21,7 @@ from longvideo.trainers.dpo_visuals import (
     have_same_towers,
 )
 from longvideo.trainers.freezing import is_peft_model
-from longvideo.trainers.sft_trainer import VideoSFTTrainer, _num_inserted
+from longvideo.trainers.sft_trainer import VideoSFTTrainer, num_inserted_tokens
 
 # Entries of a batch that are not for the model.
 _OWN_KEYS = ("labels", "prompt_mask", "answer_room", *REFERENCE_COLUMNS)
@@ -254,7 +254,7 @@ class VideoDPOTrainer(VideoSFTTrainer):
             values=None if values is None else values[:, -length:],
             token_log_probs=getattr(bare, "label_log_probs", label_log_probs),
         )
-        self._num_inserted = _num_inserted(inputs, outputs)
+        self._num_inserted = num_inserted_tokens(inputs, outputs)
         return AnswerScores(*sums.chunk(2), *counts.chunk(2))
 
     def _reference_scores(self, model: nn.Module, inputs: Mapping[str, Any]) -> AnswerScores:

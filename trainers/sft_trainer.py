@@ -320,7 +320,7 @@ class VideoSFTTrainer(Trainer):
             self._gradient_guard.rows += facts.rows
             self._num_skipped += facts.num_skipped
             self._window_frames += counts.frames + num_frames
-            self._window_visual_tokens += counts.placeholders + _num_inserted(inputs, outputs)
+            self._window_visual_tokens += counts.placeholders + num_inserted_tokens(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 
     def _use_encoded(self, inputs: dict[str, Any]) -> int:
@@ -434,8 +434,16 @@ def _default_collator(processor: Any, args: VideoSFTConfig) -> VideoSFTCollator:
     )
 
 
-def _num_inserted(inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor | int:
-    """Visual tokens that the model put in place of placeholders, without these; no number is fetched from a device."""
+def num_inserted_tokens(inputs: Mapping[str, Any], outputs: Any) -> torch.Tensor | int:
+    """Count visual tokens put in place of placeholders, without these, and fetch no number from a device.
+
+    Args:
+        inputs: What the model was given.
+        outputs: What it returned.
+
+    Returns:
+        A scalar tensor, or 0 where the length did not change.
+    """
     expanded = outputs.get("attention_mask") if isinstance(outputs, Mapping) else None
     if expanded is None or inputs.get("attention_mask") is None:
         return 0

@@ -144,10 +144,10 @@ def _build_config(
     config_class: type = VideoSFTConfig
     values = {**entry["args"], **settings}
     if args.dpo:
-        from longvideo.trainers.dpo_config import _SFT_ONLY, VideoDPOConfig
+        from longvideo.trainers.dpo_config import SFT_ONLY, VideoDPOConfig
 
         config_class = VideoDPOConfig
-        values = {**entry["args"], **_SFT_ONLY, "precompute_reference": not args.lora and "lora" not in entry}
+        values = {**entry["args"], **SFT_ONLY, "precompute_reference": not args.lora and "lora" not in entry}
         for name in [name for name in values if name.endswith("learning_rate")]:
             del values[name]
         notes.append("preferences: the recipe's learning rates and label rules are for answers and are left out")
