@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
+from longvideo.cross_granularity.kept_prompts import KeptPrompt, can_keep
 from longvideo.cross_granularity.trace import Module, ModuleCall, ModuleName
 from longvideo.pipelines import accounting, grounding
 from longvideo.pipelines.encoding import SharedVideo
@@ -97,6 +98,8 @@ class PipelineModule:
 class GranularityModule:
     """Asks a CrossVLLM in one granularity; both of its modules share the tower's features of every frame.
 
+    A call alone that goes on with the question of the last one keeps what the decoder knows of the whole video.
+
     Args:
         pipe: Video question answering pipeline of a CrossVLLM.
         granularity: "coarse" or "fine".
@@ -120,6 +123,7 @@ class GranularityModule:
         wishes = {**preprocess, **(preprocess.pop("processor_kwargs", None) or {})}
         self.wishes = {**wishes, "granularity": granularity}
         self.generate_kwargs = {**(forward.get("generate_kwargs") or {}), "granularity": granularity}
+        self.kept = KeptPrompt()
 
     def __call__(self, calls: Sequence[ModuleCall]) -> list[str]:
         """Ask the model.
@@ -145,8 +149,21 @@ class GranularityModule:
         ]
         tokens = processor.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
         tensors = {name: tokens[name] for name in ("input_ids", "attention_mask")}
-        settings = {**self.generate_kwargs, "vision_features": features}
+        settings = {**self.generate_kwargs, **self._visual_settings(calls, tensors["input_ids"], features)}
         return generate_texts(self.pipe, tensors, settings)
+
+    def _visual_settings(
+        self, calls: Sequence[ModuleCall], ids_BS: torch.Tensor, features: list[torch.Tensor]
+    ) -> dict[str, Any]:
+        """Gives the features of the videos, or the cache where these are already, for `generate`."""
+        model, settings = self.pipe.model, self.pipe._generate_settings(self.generate_kwargs)
+        if len(calls) > 1 or not can_keep(calls[0], settings, model):
+            self.kept.forget()
+            return {"vision_features": features}
+        config = model.config
+        cache = self.kept.begin(calls[0], ids_BS[0], config.video_token_id, config.text_config)
+        has_video = cache.get_seq_length() > 0
+        return {"past_key_values": cache, **({} if has_video else {"vision_features": features})}
 
 
 class SeenFrames:

@@ -285,3 +285,84 @@ def test_named_models_are_loaded_once(cross, clip, tmp_path: Path, monkeypatch) 
     ask = call(clip, (2.0, 6.0))
     expected = granularity_modules(cross, fine_options={"max_new_tokens": 2})[1]([ask])
     assert controller.modules["fine"]([ask]) == expected
+
+
+def rejecting(module: GranularityModule, seen: list[str]):
+    """A detail module that looks and sends every segment back."""
+
+    def look(calls: Sequence[ModuleCall]) -> list[str]:
+        seen.extend(module(calls))
+        return [json.dumps({"reflection": f"Nothing at {ask.segment[0]}.", "answer": "x"}) for ask in calls]
+
+    return look
+
+
+def overview_of(module: GranularityModule, seen: list[str]):
+    """An overview module that looks and then grounds as `ground` does."""
+
+    def look(calls: Sequence[ModuleCall]) -> list[str]:
+        seen.extend(module(calls))
+        return ground(calls)
+
+    return look
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_later_rounds_go_on_from_the_prompt_of_the_first(cross, clip, monkeypatch, settings) -> None:
+    lengths, texts = [], {}
+    decoder = cross.model.model.language_model
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for keeps in (True, False):
+        if not keeps:
+            monkeypatch.setattr(modules, "can_keep", lambda *args: False)
+        coarse, fine = (
+            granularity_modules(cross, coarse_options={"max_new_tokens": 6, **settings},
+                                fine_options={"max_new_tokens": 2})
+        )  # fmt: skip
+        lengths.clear()
+        seen: list[str] = []
+        controller = make_controller(overview_of(coarse, seen), rejecting(fine, seen), ControllerRules(max_rounds=2))
+        # Two questions, one after the other: nothing of the first is in the prompt of the second.
+        for question in ("What happens?", "How many?"):
+            controller([VideoQuestion(clip, question, 10.0)])
+        texts[keeps] = seen, coarse.kept.num_reused, [length for length in lengths if length > 100]
+    hook.remove()
+    assert texts[True][0] == texts[False][0] and len(set(texts[True][0])) > 3
+    assert texts[False][1] == 0 and len(texts[False][2]) == 12
+    whole, kept = texts[False][2], texts[True][2]
+    saved = [a - b for a, b in zip(whole, kept, strict=True)]
+    if settings:
+        assert texts[True][1] == 0 and not any(saved)
+    else:
+        # Overview and detail in turn, three rounds each; 12 frames of 4 tokens stand before the text.
+        assert sum(saved) == texts[True][1] and min(saved[2], saved[4], saved[8], saved[10]) > 48
+        assert sum(x > 0 for x in saved) == 4
+
+
+def test_the_same_question_is_not_answered_from_before(cross, clip) -> None:
+    """The model may have learned in between, and other frames may be asked for."""
+    coarse = granularity_modules(cross, coarse_options={"max_new_tokens": 2})[0]
+    ask = call(clip)
+    coarse([ask])
+    coarse([ask])
+    coarse([call(clip, prompt="What? Now again.")])
+    assert coarse.kept.num_reused == 0
+
+
+def test_two_whole_models_serve_as_coarse_and_fine(cross, clip) -> None:
+    """The alternative to two adapters: each model works in its own granularity and keeps its own frames."""
+    other = pipe_of(
+        tiny_crossvllm_model(seed=1, adapters=False, text_kwargs={"max_position_embeddings": 4096}),
+        tiny_crossvllm_processor(),
+    )
+    options = {"max_new_tokens": 4}
+    controller = make_controller(cross, other, coarse_options=options, fine_options=options)
+    coarse, fine = controller.modules["coarse"], controller.modules["fine"]
+    assert (coarse.granularity, fine.granularity) == ("coarse", "fine") and coarse.frames is not fine.frames
+    (answer,) = controller([VideoQuestion(clip, "What happens?", 10.0)])
+    (first,) = answer.rounds
+    asked = ModuleCall("fine", VideoQuestion(clip, "What happens?", 10.0), first.fine.prompt, first.segment)
+    assert granularity_modules(other, fine_options=options)[1]([asked]) == [first.fine.text]
+    assert granularity_modules(cross, fine_options=options)[1]([asked]) != [first.fine.text]
