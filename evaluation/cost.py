@@ -27,6 +27,7 @@ COUNTERS = {
     "longvu": "longvideo.evaluation.cost_longvu",
     "llava_st": "longvideo.evaluation.cost_llava_st",
     "crosslmm": "longvideo.evaluation.cost_crosslmm",
+    "crossvllm": "longvideo.evaluation.cost_crossvllm",
 }
 BYTES_OF_DTYPE = {"fp32": 4, "bf16": 2, "fp16": 2, "float32": 4, "bfloat16": 2, "float16": 2}
 # Decoders of the Llama family whose query, key and value projections have a bias whatever the configuration says.

@@ -1,8 +1,8 @@
 """Sizes of the published checkpoints, for estimates and for tests that need no download.
 
 Source: model repositories of OpenGVLab (VideoChat-Flash), Vision-CAIR (LongVU) and appletea2333 (LLaVA-ST); tensors
-and values as counted in the original classes. LongVU's files hold no towers. CrossLMM is not published: its sizes are
-those of the paper's parts, tensors and values those of the classes here.
+and values as counted in the original classes. LongVU's files hold no towers. CrossLMM and CrossVLLM are not published:
+their sizes are those of the papers' parts, tensors and values those of the classes here.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from longvideo.modeling.crosslmm.configuration_crosslmm import CrossLMMConfig
+from longvideo.modeling.crossvllm.configuration_crossvllm import VICUNA_DEFAULTS, CrossVLLMConfig
 from longvideo.modeling.llava_st.configuration_llava_st import LlavaSTConfig
 from longvideo.modeling.longvu.configuration_longvu import LongVUConfig
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
@@ -198,6 +199,8 @@ PRESETS = {
     "crosslmm-7b-16": Preset(
         (), SIGLIP2_GIANT, QWEN2_7B, 1091, 9_152_103_438, CrossLMMConfig, {"tokens_per_frame": 16}
     ),
+    # With the adapters of both granularities; the base alone has 7,071,808,512 values in 672 tensors.
+    "crossvllm-7b": Preset((), None, VICUNA_DEFAULTS, 1568, 7_111_785_472, CrossVLLMConfig, {"adapters": True}),
 }
 
 

@@ -27,8 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         default=DEFAULT_MODEL,
         help="folder with a config.json, Hub id, or a published size: videochat_flash-7b-448, -7b-224, -2b-448, "
-        "-internvideo2, longvu-7b, -3b, -1b, each also with -img, llava_st-7b, crosslmm-2b, -7b, -7b-16 (default: "
-        f"{DEFAULT_MODEL})",
+        "-internvideo2, longvu-7b, -3b, -1b, each also with -img, llava_st-7b, crosslmm-2b, -7b, -7b-16, crossvllm-7b "
+        f"(default: {DEFAULT_MODEL})",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     frames = parser.add_argument_group("frames")
