@@ -26,6 +26,7 @@ ARCHITECTURES = {
     "longvu": "longvideo.evaluation.bench_longvu",
     "llava_st": "longvideo.evaluation.bench_llava_st",
     "crosslmm": "longvideo.evaluation.bench_crosslmm",
+    "crossvllm": "longvideo.evaluation.bench_crossvllm",
     "training": "longvideo.evaluation.bench_training",
 }
 

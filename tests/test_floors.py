@@ -36,9 +36,12 @@ COMMANDS = (
     "evaluation/answer_grounding.py",
     "evaluation/answer_questions.py",
     "evaluation/bench.py",
+    "evaluation/bench_crossvllm.py",
+    "evaluation/bench_naive_crossvllm.py",
     "evaluation/bench_training.py",
     "evaluation/demo.py",
     "evaluation/finetune_gain.py",
+    "evaluation/granularity_table.py",
     "evaluation/needle_table.py",
 )
 SHARED_BELOW_2 = ("layers", "encoders", "shared")
