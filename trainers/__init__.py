@@ -1,6 +1,7 @@
 """Training on video: `VideoSFTTrainer`, `VideoDPOTrainer`, `CrossGranularityTrainer`, and what they need."""
 
 from longvideo.trainers.adapters import check_adapter, load_adapter, lora_config
+from longvideo.trainers.checkpoints import find_last_checkpoint
 from longvideo.trainers.collators import IGNORE_INDEX, VideoSFTCollator, check_batch, normalize_messages
 from longvideo.trainers.cross_granularity_config import CrossGranularityConfig
 from longvideo.trainers.cross_granularity_rows import coarse_grounding_row, fine_answer_row
@@ -14,7 +15,7 @@ from longvideo.trainers.liger import apply_liger
 from longvideo.trainers.recipe import find_stage, load_recipe, recipe_names
 from longvideo.trainers.scale import accelerate_config, consolidate_checkpoint
 from longvideo.trainers.sft_config import VideoSFTConfig, part_of
-from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint, set_trainable_parts
+from longvideo.trainers.sft_trainer import VideoSFTTrainer, set_trainable_parts
 
 __all__ = [
     "IGNORE_INDEX",

@@ -1,6 +1,5 @@
 """Supervised finetuning of video models: learning rates and freezing by part, throughput, guarded batches."""
 
-import json
 import os
 import re
 import time
@@ -9,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_datasets_available, logging
 
 from longvideo.trainers.adapters import check_adapter
 from longvideo.trainers.bad_media import BadMediaLog
 from longvideo.trainers.batch_checks import BatchFacts, GradientGuard, check_batch, check_loss
+from longvideo.trainers.checkpoints import (
+    CONFIG_FILE,
+    check_adapter_weights,
+    check_names,
+    find_last_checkpoint,
+    restore_weights,
+)
 from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.encoded_features import FeatureStore, VideoEntry, encode_entry, join_encoded
 from longvideo.trainers.freezing import is_peft_model, part_of, set_trainable, set_trainable_parts, sub_part_of
@@ -58,30 +64,6 @@ def prepare_model(model: nn.Module, method: str) -> None:
             "leave prepare_model=None."
         )
     call()
-
-
-def find_last_checkpoint(output_dir: str) -> str | None:
-    """Find the newest checkpoint that was written to its end.
-
-    Args:
-        output_dir: Folder with `checkpoint-<step>` folders.
-
-    Returns:
-        Its path, or None. A folder whose writing was interrupted (no readable trainer_state.json, which the Trainer
-        writes last) is passed over.
-    """
-    if not os.path.isdir(output_dir):
-        return None
-    steps = [int(match[1]) for name in os.listdir(output_dir) if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
-    for step in sorted(steps, reverse=True):
-        folder = os.path.join(output_dir, f"checkpoint-{step}")
-        try:
-            with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
-                json.load(file)
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
 
 
 class VideoSFTTrainer(Trainer):
@@ -239,10 +221,33 @@ class VideoSFTTrainer(Trainer):
         return GroupedRows(size, lengths=lengths, seed=seed)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        adapter = os.path.join(resume_from_checkpoint, "adapter_config.json")
-        if is_peft_model(self.model) and os.path.isfile(adapter):
-            check_adapter(self.model, resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder, is_peft = resume_from_checkpoint, is_peft_model(self.model)
+        if is_peft and os.path.isfile(os.path.join(folder, "adapter_config.json")):
+            check_adapter(self.model, folder)
+        # The engines of shards have names and checks of their own.
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            if is_peft:
+                check_adapter_weights(self.model, folder)
+            elif isinstance(self.model, PreTrainedModel) and os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+                restore_weights(self.model, folder)
+                return
+        self._loaded_folder = folder
+        super()._load_from_checkpoint(folder, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Makes an error of what the base class warns of: weights that were not found do not come back."""
+        check_names(
+            self.model,
+            getattr(self, "_loaded_folder", "the checkpoint"),
+            missing=load_result.missing_keys,
+            unexpected=load_result.unexpected_keys,
+        )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Names of the parameters with weight decay: all but biases and those of normalisation layers."""
@@ -340,8 +345,12 @@ class VideoSFTTrainer(Trainer):
             )
         encoded = [entry.encoded or encode_entry(model, entry, self._store) for entry in entries]
         device = inputs["input_ids"].device
-        output = join_encoded([one.to(device) for one in encoded]).as_output()
-        inputs["mm_encoder_outputs"] = {"video": output}
+        joined = join_encoded([one.to(device) for one in encoded])
+        # Features that still have to pass a connector, which may learn, go through the model's forward.
+        if hasattr(joined, "as_output"):
+            inputs["mm_encoder_outputs"] = {"video": joined.as_output()}
+        else:
+            inputs["encoded_video"] = joined
         return sum(entry.num_frames for entry in entries)
 
     def prediction_step(
