@@ -4,13 +4,14 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 from longvideo.evaluation.corpus import GROUNDING_TASKS, make_groundings, make_scene
 from longvideo.evaluation.corpus.grounding import IMAGE_TASKS
-from longvideo.tiny_training.build_llava_st import begin_llava_st_stage
+from longvideo.tiny_training.build_llava_st import begin_llava_st_stage, shuffle_patches
+from longvideo.tiny_training.build_parts import last_connector_layer
 from longvideo.tiny_training.grounding_stages import (
     BATCH_SIZE,
     GROUNDING_STAGES,
@@ -24,6 +25,7 @@ from longvideo.tiny_training.models import TINY_MODELS
 from longvideo.tiny_training.stages import BATCH_SIZE as TRAINED_BATCH_SIZE
 from longvideo.tiny_training.stages import scale_stage
 from longvideo.tiny_training.train import main, stages_of, train
+from tests.tiny_llava_st import tiny_llava_st_model
 
 FORMS = {"picture", "caption", "events", "questions", *GROUNDING_TASKS}
 
@@ -43,11 +45,16 @@ def test_stages_are_those_of_the_paper() -> None:
     asked = [{name for name, _ in stage.shares} for stage in GROUNDING_STAGES]
     # The paper's first stage is two here: the connector alone, then the decoder with it.
     assert not (asked[0] | asked[1]) & set(GROUNDING_TASKS) and not any(s.lape for s in GROUNDING_STAGES[:2])
-    # The second one is three here: one shape, several in pictures, then whole scenes.
-    for names in (asked[2], asked[4]):
-        assert names & set(GROUNDING_TASKS) == {"rec", "reg", "tvg", "tr"}
-    assert asked[3] & set(GROUNDING_TASKS) == {"rec", "reg"} and len(asked) == 6
-    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:])
+    # The second one is four here: features are shortened, then one shape, several in pictures, and times in videos.
+    assert [names & set(GROUNDING_TASKS) for names in asked[2:6]] == [
+        {"rec"},
+        {"rec"},
+        {"rec", "reg"},
+        {"rec", "reg", "tvg", "tr"},
+    ]
+    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:]) and len(asked) == 7
+    # What was taught with patches in random order is taught again in their own.
+    assert [stage.shuffled for stage in GROUNDING_STAGES] == [0, 0, 0, 1, 1, 0.5, 0]
     for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
         assert names <= FORMS and sum(share for _, share in stage.shares) == pytest.approx(1)
         assert stage.num_videos % BATCH_SIZE == 0
@@ -78,7 +85,7 @@ def test_rows_of_every_form(form: str) -> None:
 def test_pictures_show_one_shape_before_they_are_crowded() -> None:
     turns = [len(row["messages"]) // 2 for row in rows_of("rec", 20)]
     assert sum(turns) >= 1.8 * len(turns) and max(turns) == MOST_TURNS
-    alone = rows_of("rec", 20, pictures=GROUNDING_STAGES[2].pictures)
+    alone = rows_of("rec", 20, pictures=GROUNDING_STAGES[3].pictures)
     assert {len(row["messages"]) for row in alone} == {2}
 
 
@@ -118,14 +125,51 @@ def test_stages_can_be_shorter() -> None:
     assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
 
 
-@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 4), (("lape",), [False] * 6)])
+@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 5), (("lape",), [False] * 7)])
 def test_position_embeddings_begin_with_places(without, wanted) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(use_lape=True))
+    model = tiny_llava_st_model()
     found = []
     for stage in GROUNDING_STAGES:
         begin_llava_st_stage(model, stage, without)
         found.append(model.config.use_lape)
+        assert ("get_image_features" in vars(model.model)) == (stage.shuffled > 0 and not without)
     assert found == wanted
+
+
+def test_features_are_shortened_once() -> None:
+    model = tiny_llava_st_model()
+    layer = last_connector_layer(model)
+    before = [value.detach().clone() for value in layer.parameters()]
+    for stage in GROUNDING_STAGES:
+        begin_llava_st_stage(model, stage, ())
+    for value, old in zip(layer.parameters(), before, strict=True):
+        torch.testing.assert_close(value, old * 0.2)
+
+
+def test_patches_in_random_order_keep_their_places() -> None:
+    model = tiny_llava_st_model()
+    pixels = torch.rand(2, 3, *[model.config.vision_config.image_size] * 2)
+    with torch.no_grad():
+        plain = model.get_image_features(pixels, return_dict=True).pooler_output
+        shuffle_patches(model, 1.0)
+        asked = model.eval().get_image_features(pixels, return_dict=True).pooler_output
+        taught = model.train().get_image_features(pixels, return_dict=True).pooler_output
+        shuffle_patches(model, 0.0)
+        again = model.get_image_features(pixels, return_dict=True).pooler_output
+    for old, same, mixed, last in zip(plain, asked, taught, again, strict=True):
+        assert torch.equal(old, same) and torch.equal(old, last) and not torch.equal(old, mixed)
+        # Every patch is there once, with the position embedding that was added to it.
+        nearest = torch.cdist(old, mixed).argmin(dim=1)
+        assert sorted(nearest.tolist()) == list(range(len(old)))
+        torch.testing.assert_close(old, mixed[nearest])
+
+
+def test_a_place_is_asked_for_twice() -> None:
+    once, twice = (rows_of("rec", 20, repeats=chance) for chance in (0.0, 1.0))
+    for short, long in zip(once, twice, strict=True):
+        questions, answers = texts(long, "user"), texts(long, "assistant")
+        assert questions[:-1] == texts(short, "user") and answers[:-1] == texts(short, "assistant")
+        assert (questions[-1], answers[-1]) in zip(questions[:-1], answers[:-1], strict=True)
 
 
 def test_what_cannot_be_left_out(tmp_path, capsys) -> None:

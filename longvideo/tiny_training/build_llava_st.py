@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, ProcessorMixin, SiglipVisionConfig
@@ -18,6 +19,7 @@ from longvideo.tiny_training.build_parts import (
     INIT_STD,
     NUM_TOKENIZER_SCENES,
     build_text_config,
+    last_connector_layer,
     order_numbers,
     train_tokenizer,
 )
@@ -105,7 +107,7 @@ def build_llava_st(*, use_lape: bool = True, use_packer: bool = True) -> tuple[P
 
 
 def begin_llava_st_stage(model: PreTrainedModel, stage: GroundingStage, without: Sequence[str]) -> None:
-    """Switches position embeddings on or off, as the stage and the ablation have it.
+    """Switches position embeddings on or off, and sets length and order of what the decoder sees.
 
     Args:
         model: model to train next.
@@ -113,3 +115,34 @@ def begin_llava_st_stage(model: PreTrainedModel, stage: GroundingStage, without:
         without: what is left out.
     """
     model.config.use_lape = stage.lape and "lape" not in without
+    if stage.feature_scale != 1:
+        with torch.no_grad():
+            for value in last_connector_layer(model).parameters():
+                value.mul_(stage.feature_scale)
+    # Without position embeddings nothing would be left to tell places by.
+    shuffle_patches(model, stage.shuffled if model.config.use_lape else 0.0)
+
+
+def shuffle_patches(model: LlavaSTForConditionalGeneration, chance: float) -> None:
+    """Gives the decoder the patches of pictures in random order in training, position embeddings with them.
+
+    Args:
+        model: its inner model's `get_image_features` is wrapped.
+        chance: how often; 0 takes an earlier wrapping away.
+    """
+    inner = model.model
+    inner.__dict__.pop("get_image_features", None)
+    if not chance:
+        return
+    encode = inner.get_image_features
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        output = encode(*args, **kwargs)
+        if inner.training and torch.rand(()) < chance:
+            output.pooler_output = [
+                picture_PD[torch.randperm(len(picture_PD), device=picture_PD.device)]
+                for picture_PD in output.pooler_output
+            ]
+        return output
+
+    inner.get_image_features = get_image_features

@@ -41,6 +41,7 @@ class Stage:
         prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
         pictures: whether rows are single frames with a description instead of videos.
         num_frames: frames per video; None for those of the model.
+        connector_rate: rate of the connector, as a part of the decoder's.
         mixed: what batches take in place of `difficulty` and `num_frames`, one of these at random; empty for neither.
     """
 
@@ -59,6 +60,7 @@ class Stage:
     prepare_model: str | None = None
     pictures: bool = False
     num_frames: int | None = None
+    connector_rate: float = 0.3
     mixed: tuple[tuple[str | Difficulty, int | None], ...] = ()
 
 

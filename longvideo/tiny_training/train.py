@@ -51,7 +51,6 @@ from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.sft_config import VideoSFTConfig
 from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
-CONNECTOR_RATE = 0.3
 NUM_CALIBRATION_ROWS = 256
 
 
@@ -180,7 +179,7 @@ def run_stage(
         warmup_steps=stage.warmup_steps,
         trainable_parts=list(stage.trainable_parts),
         prepare_model=stage.prepare_model,
-        connector_learning_rate=stage.learning_rate * CONNECTOR_RATE if slow_connector else None,
+        connector_learning_rate=stage.learning_rate * stage.connector_rate if slow_connector else None,
         vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
         weight_decay=0.01,
         adam_beta2=0.98,
