@@ -1,8 +1,9 @@
 """What the processes of the tests of scale run: short trainings, whose losses and weights they write down.
 
 Run with `python -m torch.distributed.run --nproc_per_node 2 scale_worker.py FOLDER WORD...`, or with python alone. A
-word is the kind of a model, behind it `-lora` for an adapter, then `-save` for checkpoints every two steps, or
-`-resume` to go on from the first checkpoint of the word with `-save`. The word `long` is a run to be killed.
+word is the kind of a model, behind it `-lora` for an adapter and `-dpo` for preferences, then `-save` for checkpoints
+every two steps, or `-resume` to go on from the first checkpoint of the word with `-save`. The word `long` is a run to
+be killed.
 """
 
 import json
@@ -15,7 +16,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
-from longvideo.trainers import VideoSFTConfig, VideoSFTTrainer, lora_config
+from longvideo.trainers import VideoDPOConfig, VideoDPOTrainer, VideoSFTConfig, VideoSFTTrainer, lora_config
+from tests.trainers.dpo_runs import pairs_of
 from tests.trainers.zoo import VARIANTS, make_model, rows_of
 
 LEARNS = ["connector", "language_model"]
@@ -34,18 +36,19 @@ class WriteLosses(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and "loss" in (logs or {}):
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([state.global_step, logs["loss"], logs["grad_norm"]]) + "\n")
+                values = [logs.get(name) for name in ("loss", "grad_norm", "rewards/margins", "logps/rejected")]
+                file.write(json.dumps([state.global_step, *values]) + "\n")
 
 
 def make_trainer(
-    folder: Path, kind: str, *, lora: bool = False, model_kwargs: dict[str, Any] | None = None, **args: Any
+    folder: Path, name: str, *, model_kwargs: dict[str, Any] | None = None, **args: Any
 ) -> VideoSFTTrainer:
     """A trainer of four steps with a global batch of two rows, whatever the number of processes.
 
     Args:
         folder: Where checkpoints and the file `losses.jsonl` go.
-        kind: Key of `VARIANTS`.
-        lora: Whether the model gets an adapter.
+        name: Key of `VARIANTS`, with `-lora` where the model gets an adapter, and `-dpo` where it learns preferences:
+            with the adapter switched off as the reference, or with one computed before.
         model_kwargs: Given to the maker of the model.
         **args: Settings in place of these.
 
@@ -53,6 +56,9 @@ def make_trainer(
         The trainer.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    plain = name.removesuffix("-dpo")
+    kind = plain.removesuffix("-lora")
+    dpo, lora = plain != name, kind != plain
     model = make_model(kind, **(model_kwargs or {}))
     if lora:
         import peft
@@ -73,14 +79,17 @@ def make_trainer(
         # Black pictures would do for rows without video; these have all one.
         "trainable_parts": None if lora else LEARNS,
     }
-    config = VideoSFTConfig(**{**settings, **args})
+    if dpo:
+        settings |= {"beta": 0.5, "precompute_reference": not lora}
+    trainer_class, config_class = (VideoDPOTrainer, VideoDPOConfig) if dpo else (VideoSFTTrainer, VideoSFTConfig)
+    config = config_class(**{**settings, **args})
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         # accelerate shards on every device but a CPU, where torch could do it as well.
         config.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    return VideoSFTTrainer(
+    return trainer_class(
         model,
         config,
-        train_dataset=rows_of(kind),
+        train_dataset=pairs_of(kind) if dpo else rows_of(kind),
         processing_class=VARIANTS[kind].processor(),
         callbacks=[WriteLosses(folder / "losses.jsonl")],
     )
@@ -112,7 +121,7 @@ def run(root: Path, word: str) -> None:
         return
     name = word.removesuffix("-save").removesuffix("-resume")
     saves = {"save_strategy": "steps", "save_steps": 2} if word != name else {}
-    trainer = make_trainer(folder, name.removesuffix("-lora"), lora=name.endswith("-lora"), **saves)
+    trainer = make_trainer(folder, name, **saves)
     start = str(root / f"{name}-save" / "checkpoint-2") if word.endswith("-resume") else None
     trainer.train(resume_from_checkpoint=start)
     trainer.save_model(str(folder / "final"))

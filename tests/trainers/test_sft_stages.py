@@ -9,6 +9,8 @@ from longvideo.trainers.freezing import set_trainable
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
@@ -21,14 +23,18 @@ ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "longvu": (tiny_longvu_model, tiny_longvu_processor),
     "llava_st": (tiny_llava_st_model, tiny_llava_st_processor),
     "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor),
+    "crossvllm": (tiny_crossvllm_model, tiny_crossvllm_processor),
 }
+# Of CrossVLLM's four stages the last one has a trainer of its own, whose tests say what moves in each of its steps.
 STAGES = [
     (name, stage)
-    for name, count in (("videochat_flash", 4), ("longvu", 2), ("llava_st", 3), ("crosslmm", 2))
+    for name, count in (("videochat_flash", 4), ("longvu", 2), ("llava_st", 3), ("crosslmm", 2), ("crossvllm", 3))
     for stage in range(1, count + 1)
 ]
 # The settings of a stage that decide what learns, and how fast beside the rest.
 KEPT = ("prepare_model", "trainable_parts", "trainable_names", "frozen_names")
+# Granularity of a stage: that of the module that learns.
+SHOWN = {"crossvllm": ("processor_kwargs",)}
 MODEL_SETTINGS = {"crosslmm": ("use_v2v", "use_t2v"), "llava_st": ("coordinate_layout",)}
 
 
@@ -42,6 +48,8 @@ def stage_model(name: str, stage: int) -> Any:
     settings = {key: value for key, value in entry.get("model", {}).items() if key in MODEL_SETTINGS.get(name, ())}
     if name == "crosslmm":
         settings |= {"use_t2v": False}  # stage 2 begins with the checkpoint of stage 1
+    if name == "crossvllm":
+        settings |= {"adapters": stage > 2}  # stage 2 adds them
     model = ARCHITECTURES[name][0](**settings)
     if "lora" not in entry:
         return model
@@ -55,11 +63,15 @@ def expected_names(name: str, stage: int, model: Any) -> set[str]:
         ("videochat_flash", 1): ("multi_modal_projector",),
         ("videochat_flash", 4): ("vision_tower", "multi_modal_projector"),
         ("llava_st", 1): ("packer", "embed_tokens", "coordinates"),
+        ("crossvllm", 1): ("coarse",),
         ("crosslmm", 1): ("multi_modal_projector", "v2v", "v2v_gate", "query_norm"),
     }
     names = [key for key, _ in model.named_parameters()]
     if name == "llava_st" and stage > 1:
         return {key for key in names if "lora_" in key or "modules_to_save" in key}
+    if name == "crossvllm" and stage > 1:
+        module = {2: "coarse", 3: "fine"}[stage]
+        return {key for key in names if module in key.split(".") and ("projectors" in key or "lora_" in key)}
     if name == "longvu":
         return {key for key in names if "vision_tower" not in key and "dino_tower" not in key}
     modules = wanted.get((name, stage))
@@ -72,7 +84,9 @@ def test_every_parameter_of_a_stage_moves_and_no_other(tmp_path, name, stage):
     model = stage_model(name, stage)
     rows = [colour_row("red", num_frames=6), colour_row("blue", answer="During {<t0.25><t0.8>}.")]
     rows = [*(rows if name == "llava_st" else rows[:1]), image_row("What?", "Grey.")]
-    settings = {key: getattr(args, key) for key in KEPT if getattr(args, key, None) is not None}
+    settings = {
+        key: getattr(args, key) for key in (*KEPT, *SHOWN.get(name, ())) if getattr(args, key, None) is not None
+    }
     trainer = short_run(
         tmp_path, model, ARCHITECTURES[name][1](), rows, max_steps=4, learning_rate=1e-2, lr_scheduler_type="constant",
         per_device_train_batch_size=len(rows), **settings,

@@ -23,8 +23,10 @@ from tests.trainers.zoo import KINDS, make_batch, make_model
 
 ENGINES = ("ddp", "fsdp2", "single_gpu", "zero2", "zero3")
 PATIENCE = 560  # seconds; on a busy machine two processes take half a minute to start
-QUICK = ["videochat_flash", "videochat_flash-lora"]
+MARGINS = "rewards/margins"
+QUICK = ["videochat_flash", "videochat_flash-lora", "videochat_flash-dpo", "videochat_flash-lora-dpo"]
 EVERY = [*KINDS, "videochat_flash-dropout", "llava_st-split-lora", "crosslmm-closed-lora"]
+EVERY += [f"{kind}-lora-dpo" for kind in KINDS if kind != "videochat_flash"]
 SHARDED = ["videochat_flash", "llava_st-split", "crosslmm", "longvu-save", "longvu-resume"]
 SHARDED += ["videochat_flash-lora-save", "videochat_flash-lora-resume"]
 
@@ -64,32 +66,37 @@ def launch(folder: Path, words: list[str], repository: Path, environment: dict[s
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Any:
-    """Losses of one process and the model that it trained, made once for each word."""
-    known: dict[str, tuple[list[float], Any]] = {}
+    """Losses of one process, the model that it trained, and its margins, made once for each word."""
+    known: dict[str, tuple[list[float], Any, list[float]]] = {}
 
-    def run(word: str) -> tuple[list[float], Any]:
+    def run(word: str) -> tuple[list[float], Any, list[float]]:
         name = word.removesuffix("-save").removesuffix("-resume")
         if name not in known:
-            kind = name.removesuffix("-lora")
-            trainer = scale_worker.make_trainer(tmp_path_factory.mktemp(name), kind, lora=kind != name)
+            trainer = scale_worker.make_trainer(tmp_path_factory.mktemp(name), name)
             trainer.train()
-            known[name] = losses(trainer), trainer.model.eval()
+            margins = [entry[MARGINS] for entry in trainer.state.log_history if MARGINS in entry]
+            known[name] = losses(trainer), trainer.model.eval(), margins
         return known[name]
 
     return run
 
 
-def read_losses(folder: Path) -> list[float]:
-    return [json.loads(line)[1] for line in (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_logs(folder: Path, column: int = 1) -> list[float]:
+    """What a run wrote after every step: 1 for its losses, 3 for its margins."""
+    return [json.loads(line)[column] for line in (folder / "losses.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def assert_same_curves(folder: Path, words: list[str], one_process: Any) -> None:
     """The losses of every word are those of one process."""
     for word in words:
-        expected = one_process(word)[0]
+        expected, _, margins = one_process(word)
         expected = expected[2:] if word.endswith("-resume") else expected
-        # Two halves of a sum in float32 in place of one, over four steps.
-        assert read_losses(folder / word) == pytest.approx(expected, rel=1e-5), word
+        is_dpo = word.endswith("-dpo")
+        # Two halves of a sum in float32 in place of one, over four steps; preferences are differences of such sums.
+        assert read_logs(folder / word) == pytest.approx(expected, rel=1e-4 if is_dpo else 1e-5), word
+        if is_dpo:
+            assert read_logs(folder / word, 3) == pytest.approx(margins, abs=1e-3), word
+            assert margins[0] == pytest.approx(0, abs=1e-3) and margins[-1] > 0.01
 
 
 def loss_of(model: Any, kind: str) -> float:
@@ -166,11 +173,13 @@ def test_shipped_settings_are_understood():
     assert (found["ACCELERATE_USE_FSDP"], found["FSDP_VERSION"]) == ("true", "2")
     # Towers run as often as a process has chunks of frames: a wrapped one would wait for the others forever.
     wrapped = found["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",")
-    for kind in KINDS:
+    for kind in KINDS.keys() - {"crossvllm"}:
         model = make_model(kind)
         assert {type(x).__name__ for x in model.modules()} & set(wrapped)
         inside = [x for x, module in model.named_modules() if type(module).__name__ in wrapped]
         assert all(".language_model.layers." in x for x in inside)
+    # Another decoder, whose layer has to be named in the file.
+    assert "LlamaDecoderLayer" in {type(x).__name__ for x in make_model("crossvllm").modules()}
     with pytest.raises(FileNotFoundError, match=r"No accelerate settings 'fsdp'; there are \['ddp', 'fsdp2'"):
         accelerate_config("fsdp")
 
