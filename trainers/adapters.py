@@ -43,6 +43,9 @@ def lora_config(
     that an architecture adds to its decoder (cross-attention) count, and quantized ones do. A cross-attention whose
     gate is closed passes no gradient to an adapter inside; it is trained and saved whole, with its gates.
 
+    The two adapters that a CrossVLLM has itself are none of these: `model.add_adapters` makes them, its checkpoints
+    hold them, and stages train one or both. On a CrossVLLM without them this adapter serves both granularities.
+
     Args:
         model: Model of this library, without adapters.
         r: Rank.
@@ -204,6 +207,12 @@ def _import_peft() -> Any:
 
 def _check_settings(model: Any, r: int, connector: bool | str, new_tokens: Sequence[int]) -> None:
     peft = _import_peft()
+    if getattr(model, "has_adapters", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters of its own, for {' and '.join(model.granularities)}. Train these "
+            "(prepare_model='begin_coarse' or 'begin_fine', or model.set_trainable), without another one. For one "
+            "adapter that all granularities share, load the base alone: from_pretrained(..., adapters=False)."
+        )
     if isinstance(model, peft.PeftModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "The model has adapters already. Ask for the configuration with the base model, or merge first "
@@ -268,11 +277,12 @@ def _closed_cross_attention(model: nn.Module) -> list[str]:
 
 
 def _connector_modules(model: nn.Module) -> list[str]:
-    """Names of the outermost modules of the connector; lists of modules count by their members."""
+    """Names of the outermost modules of the connector; lists and tables of modules count by their members."""
     found: list[str] = []
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in PART_MODULES["connector"] and not _lies_in(name, found):
-            inside = [f"{name}.{i}" for i in range(len(module))] if isinstance(module, nn.ModuleList) else [name]
+            is_many = isinstance(module, nn.ModuleList | nn.ModuleDict)
+            inside = [f"{name}.{key}" for key, _ in module.named_children()] if is_many else [name]
             found += [x for x in inside if any(True for _ in model.get_submodule(x).parameters())]
     return found
 

@@ -12,8 +12,11 @@ from transformers.utils import is_peft_available
 
 from longvideo.trainers.freezing import PART_MODULES, is_peft_model
 
-# Method that encodes, and its main argument, by kind of visual.
-_ENCODERS = {"video": ("get_video_features", "pixel_values_videos"), "image": ("get_image_features", "pixel_values")}
+# Method that encodes, and what it encodes, by kind of visual: pixels, or what a tower made of them.
+_ENCODERS = {
+    "video": ("get_video_features", ("pixel_values_videos", "vision_features")),
+    "image": ("get_image_features", ("pixel_values",)),
+}
 # How models name labels that travel with a sequence whose length changes inside.
 _CARRIED_LABELS = ("visual_dropout_labels", "carried_labels")
 # Settings that change nothing of what towers are shown; a trainer sets some of them.
@@ -43,7 +46,11 @@ def repeat_outputs(outputs: ModelOutput, times: int = 2) -> ModelOutput:
     for name, value in outputs.items():
         if name in _NOT_REPEATED:
             continue
-        repeated[name] = torch.cat([value] * times) if isinstance(value, torch.Tensor) else value * times
+        if isinstance(value, torch.Tensor):
+            repeated[name] = torch.cat([value] * times)
+        else:
+            # Lists have an entry per visual; a name says something of all of them.
+            repeated[name] = value if isinstance(value, str) else value * times
     return type(outputs)(**repeated)
 
 
@@ -66,15 +73,15 @@ def encode_pairs(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[None]:
     def prepare(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         kwargs = {**kwargs, **told}
         features = {kind: x for kind, x in (kwargs.get("mm_encoder_outputs") or {}).items() if x is not None}
-        for kind, (method, main) in _ENCODERS.items():
-            if kwargs.get(main) is None:
+        for kind, (method, sources) in _ENCODERS.items():
+            if all(kwargs.get(name) is None for name in sources):
                 continue
             encode = getattr(module, method)
             names = inspect.signature(encode).parameters
             given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             features[kind] = encode(**given, return_dict=True)
             # What the model made itself for the call stays, as rows of its head.
-            kwargs = {name: x for name, x in kwargs.items() if not (name in given and name in batch)}
+            kwargs = {n: x for n, x in kwargs.items() if n not in sources and not (n in given and n in batch)}
         if features:
             kwargs["mm_encoder_outputs"] = {kind: repeat_outputs(x) for kind, x in features.items()}
         return args, kwargs

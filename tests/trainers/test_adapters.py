@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from longvideo.trainers import check_adapter, load_adapter, lora_config, part_of
+from longvideo.trainers import VideoSFTCollator, check_adapter, load_adapter, lora_config, part_of
 from longvideo.trainers.collators import IGNORE_INDEX
 from tests.tiny import tiny_text_config
+from tests.tiny_crossvllm import tiny_crossvllm_model
 from tests.trainers.sft_runs import assert_same_gradients, changed_names, gradients, losses, short_run, snapshot
 from tests.trainers.zoo import KINDS, VARIANTS, make_batch, make_model, rows_of
 
@@ -237,6 +238,26 @@ def rewrite(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**settings, **changes}), encoding="utf-8")
+
+
+def test_a_crossvllm_with_its_own_adapters_takes_no_other_one():
+    """Its LoRA are the adapters of its granularities, which stages train; it cannot have both kinds."""
+    own = tiny_crossvllm_model()
+    with pytest.raises(ValueError, match=r"has adapters of its own, for coarse and fine\. Train these .*begin_coarse"):
+        lora_config(own)
+    shared = adapted("crossvllm")
+    batch = make_batch("crossvllm")
+    before = {name: logits(shared.get_base_model(), batch_of(name)) for name in ("coarse", "fine")}
+    learn(shared, batch)
+    for name, value in before.items():
+        # One adapter for both granularities: what was learned in one changes the other too.
+        assert not torch.allclose(logits(shared.get_base_model(), batch_of(name)), value)
+
+
+def batch_of(granularity: str) -> dict[str, Any]:
+    """A batch of CrossVLLM in a granularity."""
+    collator = VideoSFTCollator(VARIANTS["crossvllm"].processor(), processor_kwargs={"granularity": granularity})
+    return {**collator(rows_of("crossvllm")[:2]), "granularity": granularity}
 
 
 def test_settings_that_do_not_fit():

@@ -52,7 +52,7 @@ def stub(monkeypatch) -> Stub:
     modules = {
         "liger_kernel": {},
         "liger_kernel.transformers": {"_apply_liger_kernel_to_instance": found.apply},
-        "liger_kernel.transformers.monkey_patch": {"MODEL_TYPE_TO_APPLY_LIGER_FN": {"qwen2": None}},
+        "liger_kernel.transformers.monkey_patch": {"MODEL_TYPE_TO_APPLY_LIGER_FN": {"qwen2": None, "llama": None}},
         "liger_kernel.transformers.model": {},
         "liger_kernel.transformers.model.loss_utils": {"LigerForCausalLMLoss": found.loss},
     }

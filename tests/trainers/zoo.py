@@ -9,6 +9,8 @@ from longvideo.trainers import VideoSFTCollator
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
@@ -42,6 +44,8 @@ KINDS = {
     "longvu": Kind(tiny_longvu_model, tiny_longvu_processor, {}),
     "llava_st": Kind(tiny_llava_st_model, tiny_llava_st_processor, {}),
     "crosslmm": Kind(tiny_crosslmm_model, tiny_crosslmm_processor, {}),
+    # Without the adapters of its granularities, which have tests of their own; as deep as the others.
+    "crossvllm": Kind(tiny_crossvllm_model, tiny_crossvllm_processor, {"adapters": False, "num_hidden_layers": 4}),
 }
 VARIANTS = {
     **KINDS,
