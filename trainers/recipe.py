@@ -28,7 +28,8 @@ def load_recipe(recipe: str) -> dict[str, Any]:
     Returns:
         `stages`, a dict in the order of the stages whose entries have `args` (fields of `VideoSFTConfig`) and notes:
         `data`, `gpus` and `global_batch_size`, and where the stage needs them `model` (fields of the model's
-        configuration) and `lora` (fields of `peft.LoraConfig`).
+        configuration), `lora` (fields of `peft.LoraConfig`) and `trainer` (`cross_granularity`, whose `args` are
+        fields of `CrossGranularityConfig`).
 
     Raises:
         FileNotFoundError: No such recipe; the text lists those that exist.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longvideo.trainers import VideoSFTConfig
 
+SUPERVISED, CROSS_GRANULARITY = TRAINERS = ("supervised", "cross_granularity")
+
 
 @dataclass
 class Plan:
@@ -37,6 +39,11 @@ class Plan:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def is_cross_granularity(self) -> bool:
+        """Whether the stage trains both modules of a CrossVLLM in turn."""
+        return trainer_of(self.entry) == CROSS_GRANULARITY
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of all processes between two updates."""
         per_process = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
@@ -59,6 +66,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     from longvideo.trainers import find_stage
 
     stage, entry = find_stage(args.recipe, args.stage)
+    _check_trainer(args, entry)
     chosen = parse_settings(args.set)
     groups = {prefix: {} for prefix in ("", "model", "lora")}
     for key, value in chosen.items():
@@ -90,6 +98,35 @@ def make_plan(args: argparse.Namespace) -> Plan:
         ),
         notes=notes,
     )
+
+
+def trainer_of(entry: dict[str, Any]) -> str:
+    """Name the trainer of a stage: "supervised" (or preferences, with --dpo), or "cross_granularity".
+
+    Args:
+        entry: The stage as the recipe has it.
+
+    Returns:
+        What stands there as `trainer`; "supervised" where nothing does.
+
+    Raises:
+        ValueError: Another name.
+    """
+    name = entry.get("trainer", SUPERVISED)
+    if name not in TRAINERS:
+        raise ValueError(f"The recipe has trainer: {name!r}; expected one of {TRAINERS}.")
+    return name
+
+
+def _check_trainer(args: argparse.Namespace, entry: dict[str, Any]) -> None:
+    if trainer_of(entry) != CROSS_GRANULARITY:
+        return
+    for name in ("dpo", "lora", "merged", "merge_adapter"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name.replace('_', '-')} does not fit this stage, which trains both adapters that the model has "
+                "from rewards of its own; leave it out."
+            )
 
 
 def parse_settings(words: list[str]) -> dict[str, Any]:
@@ -143,6 +180,10 @@ def _build_config(
 
     config_class: type = VideoSFTConfig
     values = {**entry["args"], **settings}
+    if trainer_of(entry) == CROSS_GRANULARITY:
+        from longvideo.trainers import CrossGranularityConfig
+
+        config_class = CrossGranularityConfig
     if args.dpo:
         from longvideo.trainers.dpo_config import SFT_ONLY, VideoDPOConfig
 

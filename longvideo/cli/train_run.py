@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longvideo.cli.train import DTYPES
 from longvideo.cli.train_coordinates import prepare_coordinates, split_fields
+from longvideo.cli.train_modules import add_modules, count_questions, describe_steps, module_groups, read_questions
 from longvideo.cli.train_plan import Plan
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
         model = AutoModelForImageTextToText.from_config(config, dtype=choose_dtype(args, plan))
         layout = split_fields(config, plan.model_fields)[1].get("coordinate_layout")
         prepare_coordinates(model, None, {} if layout is None else {"coordinate_layout": layout})
+        if plan.is_cross_granularity:
+            return add_modules(model)
         return adapt(model, plan)
 
 
@@ -189,7 +192,9 @@ def describe(plan: Plan, args: argparse.Namespace) -> list[tuple[str, str]]:
 
     model = make_empty_model(args, plan)
     config = model.config
-    row, num_rows = count_rows(plan, args, config)
+    row, num_rows = (
+        count_questions(plan, args, config) if plan.is_cross_granularity else count_rows(plan, args, config)
+    )
     settings, step = plan.args, plan.rows_per_step
     value = 2 if plan.is_half else 4
     memory = cost.memory_of_training(
@@ -205,10 +210,16 @@ def describe(plan: Plan, args: argparse.Namespace) -> list[tuple[str, str]]:
     lines = [
         ("recipe", plan.name),
         ("model", f"{args.model}, {computing}"),
-        *cost.describe_groups(cost.parameter_groups(model, settings.part_learning_rates)),
+        *cost.describe_groups(
+            module_groups(model, settings.module_learning_rates)
+            if plan.is_cross_granularity
+            else cost.parameter_groups(model, settings.part_learning_rates)
+        ),
         ("rows per step", f"{step:,}: {rows_of_step} x {plan.num_processes} processes"),
     ]
-    if num_rows is None:
+    if plan.is_cross_granularity:
+        lines += describe_steps(plan, config, row, num_rows)
+    elif num_rows is None:
         lines.append(("tokens per step", f"{step * row.tokens:,.0f} at most ({row.tokens:,.0f} per row: max_length)"))
     else:
         about = f"{row.tokens:,.0f} per row, {row.visual:,.0f} of them visual, {row.supervised:,.0f} supervised"
@@ -312,7 +323,7 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
         raise ValueError(f"{output} holds no complete checkpoint to go on from; leave --resume out.")
     folder = find_folder(args.model)
     config = load_config(args, plan)
-    rows = load_rows(args, config)
+    rows = read_questions(args) if plan.is_cross_granularity else load_rows(args, config)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=choose_dtype(args, plan))
     # The trainer seeds as well, but new tokens and adapters are drawn before it.
@@ -327,6 +338,10 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
         from longvideo.trainers.dpo_trainer import VideoDPOTrainer
 
         trainer_class = VideoDPOTrainer
+    if plan.is_cross_granularity:
+        from longvideo.trainers import CrossGranularityTrainer
+
+        trainer_class = CrossGranularityTrainer
     model = adapt(model, plan)
     trainer = trainer_class(model, plan.args, train_dataset=rows, processing_class=processor)
     trainer.train(resume_from_checkpoint=args.resume or None)
@@ -365,6 +380,10 @@ def save(trainer: Any, output: str, *, merged: bool = False) -> None:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
         for file in sorted(partial.iterdir(), key=lambda file: file.name in LAST_FILES):
-            os.replace(file, Path(output, file.name))
+            target = Path(output, file.name)
+            if target.is_dir():
+                # Adapters of a model that has two; a folder replaces none that holds something.
+                shutil.rmtree(target)
+            os.replace(file, target)
         shutil.rmtree(partial)
     trainer.accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from longvideo.cli import build_parser, main
 from longvideo.cli.train_plan import make_plan, parse_settings
+from longvideo.cli.train_run import save
 from longvideo.evaluation.corpus import write_corpus
 from longvideo.trainers import part_of, recipe_names
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
@@ -219,6 +221,24 @@ def test_wrong_rows_and_folders(capsys, rows, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_folders_of_an_earlier_result_are_replaced_whole(tmp_path):
+    """As those of CrossVLLM's adapters are."""
+
+    def save_model(folder: str) -> None:
+        (Path(folder) / "adapters").mkdir(parents=True)
+        (Path(folder) / "adapters" / "new").touch()
+        (Path(folder) / "config.json").touch()
+
+    accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
+    trainer = SimpleNamespace(args=SimpleNamespace(should_save=True), save_model=save_model, accelerator=accelerator)
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "old").touch()
+    save(trainer, str(tmp_path))
+    assert sorted(str(x.relative_to(tmp_path)) for x in tmp_path.rglob("*")) == [
+        "adapters", "adapters/new", "config.json"
+    ]  # fmt: skip
+
+
 # ---------------------------------------------------------------------- every stage of every recipe
 
 # The recipes' sizes are those of the published models.
@@ -245,23 +265,73 @@ def save_tiny(name: str, folder: Path) -> None:
         "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor),
         "crossvllm": (tiny_crossvllm_model, tiny_crossvllm_processor),
     }[name]
-    model().save_pretrained(folder)
+    # Prompts of the coarse module are long in a tokenizer of bytes.
+    room = {"text_kwargs": {"max_position_embeddings": 2048}} if name == "crossvllm" else {}
+    model(**room).save_pretrained(folder)
     processor().save_pretrained(folder)
 
 
 # Learns from rewards, with a trainer of its own.
-OTHER_TRAINERS = ("crossvllm/stage4_cross_granularity",)
+CROSS_GRANULARITY = "crossvllm/stage4_cross_granularity"
+SHORT_POLICIES = {"num_policies": 2, "max_policy_tokens": 4, "min_segment": 0.5}
 STAGES = [f"{name}/{stage}" for name, stages in recipe_names().items() for stage in stages]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in STAGES if name not in OTHER_TRAINERS])
+@pytest.mark.parametrize("name", STAGES)
 def test_every_stage_runs_on_the_corpus(capsys, rows, tmp_path, name):
     architecture = name.split("/")[0]
     save_tiny(architecture, tmp_path / "tiny")
     changes = {f"model.{key}": value for key, value in TINY_FIELDS.get(architecture, {}).items()}
     changes |= {"lora.r": 2} if architecture == "llava_st" and not name.endswith("stage1_alignment") else {}
+    changes |= SHORT_POLICIES if name == CROSS_GRANULARITY else {}
     output = tmp_path / "run"
     words = [name, "--model", str(tmp_path / "tiny"), "--data", rows, "--device", "cpu", "--output", str(output)]
     said(capsys, *words, *settings(**{**changes, "gradient_checkpointing": True, "logging_steps": 1}))
     assert any((output / file).is_file() for file in ("model.safetensors", "adapter_model.safetensors"))
+
+
+def question_rows(folder: Path, rows: str) -> Path:
+    """The questions of the corpus as rows of cross-granularity training, with a segment, and one without its video."""
+    questions = []
+    for row in map(json.loads, Path(rows).read_text().splitlines()):
+        prompt, answer = row["messages"]
+        video = str(Path(rows).parent / prompt["content"][0]["path"])
+        text = next(block["text"] for block in prompt["content"] if block["type"] == "text")
+        questions.append({"video": video, "question": text, "answer": text_of(answer), "segment": [0.0, 1.0]})
+    questions.append({**questions[0], "video": "gone.mp4"})
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions))
+    return file
+
+
+def text_of(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else content[0]["text"]
+
+
+def test_dry_run_of_both_modules_in_turn(capsys, rows, tmp_path):
+    pytest.importorskip("peft")
+    save_tiny("crossvllm", tmp_path / "tiny")
+    words = [CROSS_GRANULARITY, "--model", str(tmp_path / "tiny"), "--dry-run", "--device", "cpu"]
+    given = settings(**SHORT_POLICIES, max_steps=-1, coarse_learning_rate=1e-3, **{"model.coarse_training_frames": 6})
+    data = ["--data", str(question_rows(tmp_path, rows)), "--on-error", "skip"]
+    text = said(capsys, *words, *data, *given)
+    # Rank 8 on seven linear layers of two layers, and two maps of a projector with biases.
+    projector = 24 * 32 + 32 + 32 * 32 + 32
+    lora = 2 * 8 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3)
+    assert f"coarse {projector + lora:,} of {projector + lora:,}, rate 0.001" in text
+    assert f"fine {projector + lora:,} of {projector + lora:,}, rate 2e-05" in text and "base 0 of" in text
+    # Six frames of four tokens and a policy of four tokens, for each of two policies of each of two rows.
+    assert "coarse 112 at most (2 policies of 28 per row, 6 frames; prompts not counted)" in text
+    # Two epochs of two pairs of steps.
+    assert "steps 8, of the coarse and of the fine module in turn (4 rows)" in text
+    assert "5 rows in, 4 rows out, 1 with problems" in text and "no such video: " in text
+    text = said(capsys, *words, *settings())
+    assert "steps 2, of the coarse and of the fine module in turn" in text
+    for word in ("--dpo", "--lora"):
+        assert main(["train", *words, word]) == 2
+        assert f"{word} does not fit this stage" in capsys.readouterr().err
+    words[words.index("--model") + 1] = "longvu-7b"
+    assert main(["train", *words]) == 2
+    assert "LongVUConfig has no field 'coarse_stride'" in capsys.readouterr().err

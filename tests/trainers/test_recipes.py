@@ -14,6 +14,7 @@ FILES = sorted(RECIPES_DIR.glob("*/*.yaml"))
 # Table 4 of CrossVLLM; all others train for one epoch.
 EPOCHS = {"crossvllm/stage2_coarse_grounding": 3, "crossvllm/stage3_fine_answers": 10}
 EPOCHS |= {"crossvllm/stage4_cross_granularity": 2}
+KEYS = {"data", "model", "lora", "trainer", "gpus", "global_batch_size", "args"}
 SOURCES = re.compile(r"  # (paper|script|ours)\b")
 
 
@@ -41,8 +42,8 @@ def test_a_source_stands_beside_every_value(path):
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_batches_and_fields(path, tmp_path):
     name, entry = find_stage(name_of(path))
-    assert name == path.stem and set(entry) <= {"data", "model", "lora", "gpus", "global_batch_size", "args"}
-    config = CrossGranularityConfig if "num_policies" in entry["args"] else VideoSFTConfig
+    assert name == path.stem and set(entry) <= KEYS
+    config = CrossGranularityConfig if entry.get("trainer") == "cross_granularity" else VideoSFTConfig
     args = config.from_recipe(path.parent.name, name, output_dir=str(tmp_path), bf16=False)
     rows = entry["gpus"] * args.per_device_train_batch_size * args.gradient_accumulation_steps
     assert rows == entry["global_batch_size"]
