@@ -59,7 +59,7 @@ def check_batch(
             f"The batch has no supervised token: all {batch['labels'].numel()} labels are {IGNORE_INDEX}, so its loss "
             f"is undefined{_of_rows(batch.get('batch_facts'))}. Give every row an assistant answer."
         )
-    if batch.get("mm_encoder_outputs") is None and batch.get("encoded_videos") is None:
+    if all(batch.get(name) is None for name in ("mm_encoder_outputs", "encoded_video", "encoded_videos")):
         for kind, key, count, token_id in (
             ("video", "pixel_values_videos", num_video, video_token_id),
             ("image", "pixel_values", num_image, image_token_id),

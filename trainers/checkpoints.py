@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from longvideo.trainers.adapters import STORED_PREFIX, WEIGHTS_FILE
-
-CONFIG_FILE = "config.json"
 
 
 def find_last_checkpoint(output_dir: str) -> str | None:
@@ -38,6 +36,30 @@ def find_last_checkpoint(output_dir: str) -> str | None:
             continue
         return folder
     return None
+
+
+def has_own_names(model: PreTrainedModel, folder: str | os.PathLike) -> bool:
+    """Say whether the files of a checkpoint call all weights of a model as the model does.
+
+    Args:
+        model: The model, without wrappers.
+        folder: The checkpoint.
+
+    Returns:
+        Whether `load_state_dict` finds all of them. True where there are no safetensors to look into.
+    """
+    from safetensors import safe_open
+
+    index, file = Path(folder, "model.safetensors.index.json"), Path(folder, "model.safetensors")
+    if file.is_file():
+        with safe_open(file, framework="pt") as opened:
+            stored = set(opened.keys())
+    elif index.is_file():
+        stored = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    else:
+        return True
+    own = model.state_dict()
+    return stored <= own.keys() and not _without_twins(own, own.keys() - stored)
 
 
 @torch.no_grad()
@@ -93,11 +115,11 @@ def check_names(
         ValueError: There are any.
     """
     lacking = set(missing)
-    if lacking:
-        state = model.state_dict()
-        filled = {tensor.data_ptr() for name, tensor in state.items() if name not in lacking}
-        lacking = {name for name in lacking if name not in state or state[name].data_ptr() not in filled}
-    wrong = {"missing": lacking, "too many": set(unexpected), "of another shape": set(reshaped)}
+    wrong = {
+        "missing": _without_twins(model.state_dict(), lacking) if lacking else lacking,
+        "too many": set(unexpected),
+        "of another shape": set(reshaped),
+    }
     told = [f"{len(names)} are {what} (first {min(names)!r})" for what, names in wrong.items() if names]
     if told:
         raise ValueError(
@@ -135,6 +157,12 @@ def check_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
             unexpected={key for key in shapes.keys() - own.keys() if key.removeprefix(STORED_PREFIX) not in base},
             reshaped=_reshaped(own, shapes),
         )
+
+
+def _without_twins(state: Mapping[str, torch.Tensor], lacking: Collection[str]) -> set[str]:
+    """Returns the names whose tensor has no other name that is there."""
+    filled = {tensor.data_ptr() for name, tensor in state.items() if name not in lacking}
+    return {name for name in lacking if name not in state or state[name].data_ptr() not in filled}
 
 
 def _reshaped(own: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:

@@ -31,10 +31,12 @@ from longvideo.trainers.freezing import part_of
 logger = logging.get_logger(__name__)
 SAMPLE = "sample.json"
 # Modules whose weights an encoded video depends on, where they are not exactly tower and connector: LongVU's features
-# are kept in front of its last projector, those of LLaVA-ST hold position embeddings made of rows of its tables.
+# are kept in front of its last projector, those of CrossVLLM in front of both of its, and those of LLaVA-ST hold
+# position embeddings made of rows of its tables.
 ENCODER_MODULES: dict[str, tuple[str, ...]] = {
     "longvu": ("vision_tower", "dino_tower", "vision_projectors", "vision_sampler", "vision_query"),
     "llava_st": ("vision_tower", "multi_modal_projector", "packer", "coordinates", "embed_tokens", "lm_head"),
+    "crossvllm": ("vision_tower",),
 }
 # What changes how a video is shown or how fast it is read, but not its pixels.
 _NO_PIXELS = ("return_tensors", "return_metadata", "progress", "num_threads", "device")

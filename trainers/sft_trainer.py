@@ -15,10 +15,10 @@ from longvideo.trainers.adapters import check_adapter
 from longvideo.trainers.bad_media import BadMediaLog
 from longvideo.trainers.batch_checks import BatchFacts, GradientGuard, check_batch, check_loss
 from longvideo.trainers.checkpoints import (
-    CONFIG_FILE,
     check_adapter_weights,
     check_names,
     find_last_checkpoint,
+    has_own_names,
     restore_weights,
 )
 from longvideo.trainers.collators import VideoSFTCollator
@@ -228,7 +228,7 @@ class VideoSFTTrainer(Trainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             if is_peft:
                 check_adapter_weights(self.model, folder)
-            elif isinstance(self.model, PreTrainedModel) and os.path.isfile(os.path.join(folder, CONFIG_FILE)):
+            elif isinstance(self.model, PreTrainedModel) and not has_own_names(self.model, folder):
                 restore_weights(self.model, folder)
                 return
         self._loaded_folder = folder

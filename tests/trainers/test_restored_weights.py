@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from longvideo.trainers import VideoSFTTrainer, coarse_grounding_row, lora_config
 from longvideo.trainers.checkpoints import restore_weights
+from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_longvu import tiny_longvu_model
 from tests.tiny_longvu_processor import tiny_longvu_processor
 from tests.trainers.cross_granularity_runs import model_and_processor, question_row
@@ -79,6 +80,16 @@ def test_the_best_weights_come_back_at_the_end(tmp_path, name):
     once = make(tmp_path / "once", max_steps=1, save_strategy="no")
     once.train()
     assert not changed_names(trainer.model, snapshot(once.model))
+
+
+def test_a_model_with_more_than_its_class_knows_comes_back_by_its_names(tmp_path):
+    """A head that somebody put onto a model is in no configuration, but has the same name in file and model."""
+    models = [tiny_videochat_flash_model(seed=seed) for seed in (0, 1)]
+    for model in models:
+        model.counter = torch.nn.Linear(2, 2)
+    models[0].save_pretrained(tmp_path)
+    short_run(tmp_path, models[1], tiny_videochat_flash_processor(), rows())._load_from_checkpoint(str(tmp_path))
+    assert not changed_names(models[1], snapshot(models[0]))
 
 
 # ------------------------------------------------------------------ what does not fit

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from longvideo.trainers.encoded_features import FeatureStore, encoder_parameters
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
@@ -27,14 +30,17 @@ ARCHITECTURES = {
     "longvu": (tiny_longvu_model, tiny_longvu_processor),
     "llava_st": (tiny_llava_st_model, tiny_llava_st_processor),
     "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor),
+    "crossvllm": (partial(tiny_crossvllm_model, adapters=False), tiny_crossvllm_processor),
 }
 # What learns beside a frozen encoder: LLaVA-ST's encoder reads rows of its tables.
 LEARNS = {"trainable_parts": ["language_model"]}
 LAYERS = {"trainable_names": [r"language_model\.layers\."]}
+# What CrossVLLM keeps is what its tower, which is always frozen, saw: both of its projectors may learn.
+BEHIND_TOWER = {"trainable_parts": ["connector", "language_model"]}
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    return LAYERS if name == "llava_st" else LEARNS
+    return {"llava_st": LAYERS, "crossvllm": BEHIND_TOWER}.get(name, LEARNS)
 
 
 @pytest.fixture
@@ -85,6 +91,7 @@ def test_table_of_encoder_parameters_is_what_features_depend_on(name):
     make_model, make_processor = ARCHITECTURES[name]
     model = make_model()
     batch = VideoSFTCollator(make_processor())([colour_row("red")])
+    model.requires_grad_(True)
     names = ("pixel_values_videos", "pixel_values_videos_dino", "video_num_frames", "video_sizes")
     pixels = {key: value for key, value in batch.items() if key in names}
     encode = type(model).encode_video.__wrapped__  # without no_grad
