@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,23 @@ def test_arguments(monkeypatch, capsys) -> None:
         with pytest.raises(SystemExit):
             bench.main(["crossvllm", *words])
         assert "at least" in capsys.readouterr().err
+
+
+def test_every_step_gets_the_same_clip(tmp_path) -> None:
+    args = bench.build_parser().parse_args(["crossvllm", "--frames", "2", "3", "--rounds", "1", "--minutes", "0.01"])
+    asked, told = [], []
+
+    def in_process(words: list) -> dict:
+        assert Path(words[4]).is_file()
+        asked.append(words)
+        return {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 0, "tower_frames": 3, "positions": 9}
+
+    result = bench_crossvllm.measure(args, in_process, told.append)
+    assert [words[:4] for words in asked] == [[name, count, 1, "cpu"] for count in (2, 3) for name in STEPS]
+    assert len({words[4] for words in asked}) == 1 and not Path(asked[0][4]).exists()
+    assert list(result["steps"]) == [f"{name}/{count}" for count in (2, 3) for name in STEPS]
+    assert len(bench_crossvllm.judge({**result, "machine": {"device": "cpu"}}, (2, 3))) == 2
+    args.clip = str(tmp_path / "own.mp4")
+    Path(args.clip).touch()
+    bench_crossvllm.measure(args, in_process, told.append)
+    assert asked[-1][4] == args.clip
