@@ -17,6 +17,8 @@ import transformers
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
+from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
@@ -38,6 +40,8 @@ RUNS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "longvu": (tiny_longvu_model, tiny_longvu_processor, {}),
     "llava_st": (tiny_llava_st_model, tiny_llava_st_processor, {}),
     "crosslmm": (tiny_crosslmm_model, tiny_crosslmm_processor, {}),
+    # The base, whose projector and decoder learn as one model; its adapters learn in stages of their own.
+    "crossvllm": (tiny_crossvllm_model, tiny_crossvllm_processor, {"adapters": False}),
 }
 
 
