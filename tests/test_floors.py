@@ -41,6 +41,7 @@ COMMANDS = (
     "evaluation/bench_training.py",
     "evaluation/demo.py",
     "evaluation/finetune_gain.py",
+    "evaluation/granularity_states.py",
     "evaluation/granularity_table.py",
     "evaluation/needle_table.py",
 )

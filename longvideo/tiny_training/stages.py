@@ -91,6 +91,18 @@ TOWARDS_VIDEOS = (
     ("full", None),
     ("full", None),
 )
+# What was read off four frames has to be found in sixteen: by way of eight, and one shape alone again.
+LONGER = (
+    (ONE_MOVES, 4),
+    (ONE_MOVES, 8),
+    (ONE_MOVES, None),
+    (TWO_MOVE, 8),
+    (TWO_MOVE, None),
+    (MOVING, None),
+    ("full", None),
+    ("full", None),
+)
+FINISH = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 4)
 CLIP_KINDS = ALL_KINDS + ("direction",) * 10
 CLIPS = (
     Stage(
@@ -107,8 +119,11 @@ CLIPS = (
         CLIP_KINDS,
         mixed=AMONG_CLIPS,
     ),
-    Stage("6b-videos", 12_000, 7e-4, "constant_with_warmup", 20, "full", 0.04, 0.08, 0.5, 0.0, mixed=TOWARDS_VIDEOS),
-    replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=((MOVING, None), *(("full", None),) * 3)),
+    Stage("6b-videos", 8_800, 7e-4, "constant_with_warmup", 20, "full", 0.04, 0.08, 0.5, 0.0, mixed=TOWARDS_VIDEOS),
+    Stage(
+        "6c-longer", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=LONGER
+    ),
+    replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=FINISH),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
