@@ -68,7 +68,7 @@ hf-suite: $(READY)  ## transformers' own common tests over every architecture
 	done
 
 train-tiny: $(READY)  ## trains the tiny checkpoint that lies in the package (MODEL=videochat_flash)
-	$(PY) -m longvideo.tiny_training.train $(MODEL) $(ARGS)
+	$(PY) -m longvideo.tiny_training.$(if $(filter crossvllm,$(MODEL)),train_crossvllm,train $(MODEL)) $(ARGS)
 
 clean:  ## removes the environments and what the targets wrote
 	rm -rf .venv .venv-oldest outputs build dist *.egg-info .pytest_cache .ruff_cache
