@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import is_peft_available
 
 # Public module names of every model here: first name on the way to a parameter that is listed decides its part.
@@ -186,3 +188,30 @@ def is_peft_model(model: nn.Module) -> bool:
     from peft import PeftModel
 
     return isinstance(model, PeftModel)
+
+
+def release_frozen_inputs(model: nn.Module) -> None:
+    """Let no gradient begin inside models that do not learn, such as a frozen tower.
+
+    Gradient checkpointing makes the output of every input embedding require a gradient, the tower's too. A tower that
+    does not learn would then be kept in memory, run again and differentiated, for nothing.
+
+    Args:
+        model: A model whose gradient checkpointing is on, or any other; wrapped or not.
+    """
+    modules = list(model.modules())
+    handles = {handle.id: handle for module in modules for handle in vars(module).get("_require_grads_hooks") or []}
+    for module in modules:
+        if isinstance(module, PreTrainedModel) and not any(p.requires_grad for p in module.parameters()):
+            for inner in module.modules():
+                for key in [key for key in inner._forward_hooks if key in handles]:
+                    handles[key].remove()
+
+
+class ReleaseFrozenInputs(TrainerCallback):
+    """Calls `release_frozen_inputs` when training begins: the trainer turns on checkpointing right before."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See the class."""
+        if kwargs.get("model") is not None:
+            release_frozen_inputs(kwargs["model"])

@@ -23,7 +23,14 @@ from longvideo.trainers.checkpoints import (
 )
 from longvideo.trainers.collators import VideoSFTCollator
 from longvideo.trainers.encoded_features import FeatureStore, VideoEntry, encode_entry, join_encoded
-from longvideo.trainers.freezing import is_peft_model, part_of, set_trainable, set_trainable_parts, sub_part_of
+from longvideo.trainers.freezing import (
+    ReleaseFrozenInputs,
+    is_peft_model,
+    part_of,
+    set_trainable,
+    set_trainable_parts,
+    sub_part_of,
+)
 from longvideo.trainers.liger import liger_in_training
 from longvideo.trainers.sampling import GroupedRows, row_lengths
 from longvideo.trainers.scale import check_parallelism
@@ -126,6 +133,7 @@ class VideoSFTTrainer(Trainer):
             data_collator.spare_rows = self.train_dataset
         self._gradient_guard = GradientGuard()
         self.add_callback(self._gradient_guard)
+        self.add_callback(ReleaseFrozenInputs())
         self._num_skipped = 0
         self._start_throughput_window()
 
