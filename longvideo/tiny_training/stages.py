@@ -102,8 +102,6 @@ LONGER = (
     ("full", None),
     ("full", None),
 )
-AGAIN = ((ONE_MOVES, None), (TWO_MOVE, 8), (TWO_MOVE, None), (MOVING, None), *(("full", None),) * 4)
-AGAIN_KINDS = ALL_KINDS + ("direction",) * 3 + ("order", "at_time", "when")
 FINISH = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 4)
 CLIP_KINDS = ALL_KINDS + ("direction",) * 10
 CLIPS = (
@@ -126,7 +124,6 @@ CLIPS = (
         "6c-longer", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=LONGER
     ),
     replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=FINISH),
-    Stage("8-once-more", 8_800, 7e-4, "linear", 20, "full", 0.02, 0.06, 0.5, 0.0, AGAIN_KINDS, mixed=AGAIN),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
