@@ -19,7 +19,7 @@ FOLDERS = ("modeling", "processing", "conversion", "trainers", "evaluation", "hu
 FLOORS = {
     "modeling/layers": 0,
     "processing/shared": 0,
-    "trainers/losses.py": 0,
+    "trainers/dpo_loss.py": 0,
     "evaluation/metrics.py": 0,
     "modeling/encoders": 1,
     "modeling": 2,
@@ -60,7 +60,7 @@ ALLOWED_AT_TOP = {
     "modeling/layers": {"torch", "numpy"},
     # Encoded videos are files of tensors.
     "modeling/layers/feature_files.py": {"torch", "safetensors"},
-    "trainers/losses.py": {"torch", "numpy"},
+    "trainers/dpo_loss.py": {"torch", "numpy"},
     "evaluation/metrics.py": {"numpy", "torch"},
     "processing/shared": {"torch", "numpy", "av", "PIL", "torchvision", "transformers", "tqdm"},
 }

@@ -7,13 +7,13 @@ import pytest
 from transformers import AutoConfig
 
 import longvideo
-from longvideo.evaluation import answer_grounding, answer_questions
+from longvideo.evaluation import answer_questions
 from longvideo.tiny_training.decoder import TINY_FOLDER
 
 SHIPPED = sorted(path.parent.name for path in Path(TINY_FOLDER).glob("*/config.json"))
 # Kinds that every one of them answers nearly always; the others take a table of their own, in README.md.
 SURE_KINDS = ("colour", "shape", "needle")
-MOST_BYTES = {"crossvllm": 8_000_000}
+MOST_BYTES = 6_000_000
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -21,13 +21,13 @@ def test_it_is_small_and_whole(name: str) -> None:
     folder = Path(longvideo.tiny_checkpoint(name))
     files = {path.name for path in folder.iterdir()}
     assert files >= {"README.md", "config.json", "model.safetensors", "processor_config.json", "training_log.jsonl"}
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES.get(name, 6_000_000)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= MOST_BYTES
     assert AutoConfig.from_pretrained(folder).model_type == name
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert log[-1]["stage"] and log[-1]["step"] > 0
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in ("llava_st", "crossvllm")])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_it_answers_questions(name: str, tmp_path, capsys) -> None:
     path = tmp_path / "answers.json"
     arguments = ["--model", name, "--num", "24", "--kinds", *SURE_KINDS, "--json", str(path)]
@@ -36,14 +36,3 @@ def test_it_answers_questions(name: str, tmp_path, capsys) -> None:
     assert summary["all"]["num"] == 24
     # By chance six of 24 are right; sixteen or more would happen once in 50,000 times.
     assert summary["all"]["num_correct"] >= 16, capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name == "llava_st"])
-def test_it_finds_places_and_times(name: str, tmp_path, capsys) -> None:
-    path = tmp_path / "answers.json"
-    assert answer_grounding.main(["--model", name, "--num", "24", "--tasks", "rec", "tvg", "--json", str(path)]) == 0
-    summary = json.loads(path.read_text())["summary"]
-    for task in ("rec", "tvg"):
-        found = summary[task]["mIoU"]
-        # The same box, or the same span, as answer to every question: what a model that sees nothing could say.
-        assert found["value"] > found["blind"] + 0.1, capsys.readouterr().out
