@@ -26,6 +26,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from longvideo.evaluation.answer_questions import load_checkpoint, write_json
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import ALL_TASKS, DENSE_TASKS, GROUNDING_TASKS, GroundingItem, grounding_items
 from longvideo.evaluation.corpus.grounding_rows import write_item
 from longvideo.evaluation.metrics import (
@@ -461,11 +462,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; user errors are one line and exit code 2."""
     args = _parse(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"answer_grounding: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("answer_grounding", lambda: run(args))
 
 
 if __name__ == "__main__":

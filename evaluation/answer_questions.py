@@ -27,6 +27,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.modeling_outputs import ModelOutput
 
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import KINDS, Item, Question, balanced_items, write_video
 from longvideo.evaluation.corpus.questions import NUM_OPTIONS, OPTION_LETTERS
 from longvideo.evaluation.corpus.rows import FORMS
@@ -413,11 +414,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; user errors are one line and exit code 2."""
     args = _parse(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"answer_questions: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("answer_questions", lambda: run(args))
 
 
 if __name__ == "__main__":

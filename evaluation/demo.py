@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import (
     Grounding,
     Question,
@@ -278,11 +279,7 @@ def show_places(pipe: Any, args: argparse.Namespace, out: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; a fault of the input is one line on stderr and exit code 2."""
     args = build_parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"demo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return run_command("demo", lambda: run(args))
 
 
 if __name__ == "__main__":

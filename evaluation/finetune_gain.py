@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from longvideo.evaluation.answer_questions import Answered, answer_item, evaluate, load_checkpoint, write_json
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import Item, Question, Scene, make_scene, write_video
 from longvideo.evaluation.corpus.captions import place_name
 from longvideo.evaluation.corpus.questions import NUM_OPTIONS, View
@@ -340,6 +341,21 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints and writes the result; returns the exit code."""
+    for name in ("steps", "batch_size", "num_train", "num"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
+    result = measure(args, lambda text: print(text, file=sys.stderr, flush=True))
+    print(format_result(result))
+    print(
+        f"\nchance {100 / NUM_OPTIONS:.0f} %; {result['seconds']:.0f} s of training; four options, scored as answers"
+    )
+    if args.json:
+        write_json(Path(args.json), result)
+    return 0 if result["gained"] else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command.
 
@@ -350,21 +366,7 @@ def main(argv: list[str] | None = None) -> int:
         0 when the interval after training lies above the one before, 1 when not, 2 for wrong input.
     """
     args = build_parser().parse_args(argv)
-    try:
-        for name in ("steps", "batch_size", "num_train", "num"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least 1")
-        result = measure(args, lambda text: print(text, file=sys.stderr, flush=True))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"finetune_gain: error: {error}", file=sys.stderr)
-        return 2
-    print(format_result(result))
-    print(
-        f"\nchance {100 / NUM_OPTIONS:.0f} %; {result['seconds']:.0f} s of training; four options, scored as answers"
-    )
-    if args.json:
-        write_json(Path(args.json), result)
-    return 0 if result["gained"] else 1
+    return run_command("finetune_gain", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, ProcessorMixin
 
 from longvideo.evaluation.answer_questions import show_progress, write_json
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus.long_scenes import LONG_FPS, LONG_KINDS, long_items, render_long
 from longvideo.evaluation.granularity_states import (
     STATES,
@@ -439,11 +440,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; user errors are one line and exit code 2."""
     args = _parse(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"granularity_table: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("granularity_table", lambda: run(args))
 
 
 if __name__ == "__main__":

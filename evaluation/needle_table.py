@@ -40,6 +40,7 @@ from longvideo.evaluation.answer_questions import (
     show_progress,
     write_json,
 )
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import Difficulty, Item, balanced_items, render_frames
 from longvideo.evaluation.corpus.questions import NUM_OPTIONS
 from longvideo.evaluation.corpus.rows import FORMS
@@ -390,11 +391,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; user errors are one line and exit code 2."""
     args = _parse(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        print(f"needle_table: error: {error}", file=sys.stderr)
-        return 2
+    return run_command("needle_table", lambda: run(args))
 
 
 if __name__ == "__main__":

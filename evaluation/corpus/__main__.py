@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus.grounding import ALL_TASKS, DENSE_TASKS, NUM_FRAMES
 from longvideo.evaluation.corpus.grounding_rows import write_grounding_corpus
 from longvideo.evaluation.corpus.questions import KINDS
@@ -67,13 +68,11 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stderr.isatty() or done == total:
             print(f"\r{done}/{total} videos", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
-    try:
-        path = _write(args, show)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(path)
-    return 0
+    def work() -> int:
+        print(_write(args, show))
+        return 0
+
+    return run_command("corpus", work)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from longvideo.evaluation.answer_questions import evaluate, load_checkpoint, write_json
+from longvideo.evaluation.command import run_command
 from longvideo.tiny_training.build_crosslmm import build_crosslmm
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
 from longvideo.tiny_training.stages import Stage
@@ -317,16 +318,18 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
+
+    def work() -> int:
         done = ablate(
             args.out, seeds=args.seeds, names=args.variants, minutes=args.minutes, scale=args.scale, num=args.num
         )
         print(write_results(args.out, {"num": args.num, "scale": args.scale}))
-    except ValueError as error:
-        print(f"ablate_crosslmm: error: {error}", file=sys.stderr)
-        return 2
-    print(f"finished: {args.out}" if done else f"stopped at the time limit; give the same command again ({args.out})")
-    return 0
+        print(
+            f"finished: {args.out}" if done else f"stopped at the time limit; give the same command again ({args.out})"
+        )
+        return 0
+
+    return run_command("ablate_crosslmm", work)
 
 
 if __name__ == "__main__":

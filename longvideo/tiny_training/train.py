@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed
 
+from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import (
     all_questions,
     describe,
@@ -348,15 +349,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     out = Path(args.out or "_without_".join([f"runs/tiny_{args.model}", *args.without]))
-    try:
+
+    def work() -> int:
         folder = train(
             args.model, out, minutes=args.minutes, seed=args.seed, scale=args.scale, without=tuple(args.without)
         )
-    except ValueError as error:
-        print(f"train: error: {error}", file=sys.stderr)
-        return 2
-    print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({out})")
-    return 0
+        print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({out})")
+        return 0
+
+    return run_command("train", work)
 
 
 if __name__ == "__main__":

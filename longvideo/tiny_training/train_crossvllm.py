@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
+from longvideo.evaluation.command import run_command
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
 from longvideo.tiny_training.build_crossvllm import build_crossvllm, order_times, take_tower
 from longvideo.tiny_training.crossvllm_checks import check_modules
@@ -343,13 +344,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
+
+    def work() -> int:
         folder = train(Path(args.out), minutes=args.minutes, seed=args.seed, scale=args.scale, num_checks=args.checks)
-    except ValueError as error:
-        print(f"train_crossvllm: error: {error}", file=sys.stderr)
-        return 2
-    print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({args.out})")
-    return 0
+        print(
+            f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({args.out})"
+        )
+        return 0
+
+    return run_command("train_crossvllm", work)
 
 
 if __name__ == "__main__":

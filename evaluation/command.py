@@ -1,0 +1,21 @@
+"""What commands share: a fault of the user's input is one line and an exit code, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+def run_command(name: str, work: Callable[[], int]) -> int:
+    """Runs a command's work and turns faults of its input into one line on standard error.
+
+    Args:
+        name: what the line begins with.
+        work: does everything behind the reading of arguments and returns the exit code.
+
+    Returns:
+        The exit code of `work`, or 2 where the input was wrong.
+    """
+    try:
+        return work()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
