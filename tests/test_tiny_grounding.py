@@ -10,7 +10,7 @@ import torch
 
 from longvideo.evaluation.corpus import GROUNDING_TASKS, make_groundings, make_scene
 from longvideo.evaluation.corpus.grounding import IMAGE_TASKS
-from longvideo.tiny_training.build_llava_st import begin_llava_st_stage, shuffle_patches
+from longvideo.tiny_training.build_llava_st import begin_llava_st_stage, shuffle_tokens
 from longvideo.tiny_training.build_parts import last_connector_layer
 from longvideo.tiny_training.grounding_stages import (
     BATCH_SIZE,
@@ -45,16 +45,17 @@ def test_stages_are_those_of_the_paper() -> None:
     asked = [{name for name, _ in stage.shares} for stage in GROUNDING_STAGES]
     # The paper's first stage is two here: the connector alone, then the decoder with it.
     assert not (asked[0] | asked[1]) & set(GROUNDING_TASKS) and not any(s.lape for s in GROUNDING_STAGES[:2])
-    # The second one is four here: features are shortened, then one shape, several in pictures, and times in videos.
-    assert [names & set(GROUNDING_TASKS) for names in asked[2:6]] == [
+    # The second one is five here: features are shortened, then one shape and several in pictures, and in videos.
+    assert [names & set(GROUNDING_TASKS) for names in asked[2:7]] == [
         {"rec"},
         {"rec"},
         {"rec", "reg"},
+        {"rec", "tvg", "tr"},
         {"rec", "reg", "tvg", "tr"},
     ]
-    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:]) and len(asked) == 7
-    # What was taught with patches in random order is taught again in their own.
-    assert [stage.shuffled for stage in GROUNDING_STAGES] == [0, 0, 0, 1, 1, 0.5, 0]
+    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:]) and len(asked) == 8
+    # What was taught in random order is taught more and more in its own.
+    assert [stage.shuffled for stage in GROUNDING_STAGES] == [0, 0, 0, 1, 1, 1, 0.7, 0.3]
     for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
         assert names <= FORMS and sum(share for _, share in stage.shares) == pytest.approx(1)
         assert stage.num_videos % BATCH_SIZE == 0
@@ -125,7 +126,7 @@ def test_stages_can_be_shorter() -> None:
     assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
 
 
-@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 5), (("lape",), [False] * 7)])
+@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 6), (("lape",), [False] * 8)])
 def test_position_embeddings_begin_with_places(without, wanted) -> None:
     model = tiny_llava_st_model()
     found = []
@@ -138,27 +139,38 @@ def test_position_embeddings_begin_with_places(without, wanted) -> None:
 
 def test_features_are_shortened_once() -> None:
     model = tiny_llava_st_model()
-    layer = last_connector_layer(model)
+    layer, packer = last_connector_layer(model), model.model.packer
     before = [value.detach().clone() for value in layer.parameters()]
+    added = {name: value.detach().clone() for name, value in packer.named_parameters()}
     for stage in GROUNDING_STAGES:
         begin_llava_st_stage(model, stage, ())
     for value, old in zip(layer.parameters(), before, strict=True):
         torch.testing.assert_close(value, old * 0.2)
+    for name, value in packer.named_parameters():
+        torch.testing.assert_close(value, added[name] * (0.1 if "to_out" in name else 1.0))
 
 
-def test_patches_in_random_order_keep_their_places() -> None:
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_tokens_in_random_order_keep_their_places(kind) -> None:
     model = tiny_llava_st_model()
-    pixels = torch.rand(2, 3, *[model.config.vision_config.image_size] * 2)
+    frames = () if kind == "image" else (model.config.num_frames,)
+    pixels = torch.rand(2, *frames, 3, *[model.config.vision_config.image_size] * 2)
+
+    def encode() -> list[torch.Tensor]:
+        return getattr(model, f"get_{kind}_features")(pixels, return_dict=True).pooler_output
+
     with torch.no_grad():
-        plain = model.get_image_features(pixels, return_dict=True).pooler_output
-        shuffle_patches(model, 1.0)
-        asked = model.eval().get_image_features(pixels, return_dict=True).pooler_output
-        taught = model.train().get_image_features(pixels, return_dict=True).pooler_output
-        shuffle_patches(model, 0.0)
-        again = model.get_image_features(pixels, return_dict=True).pooler_output
+        plain = encode()
+        shuffle_tokens(model, 1.0)
+        model.eval()
+        asked = encode()
+        model.train()
+        taught = encode()
+        shuffle_tokens(model, 0.0)
+        again = encode()
     for old, same, mixed, last in zip(plain, asked, taught, again, strict=True):
         assert torch.equal(old, same) and torch.equal(old, last) and not torch.equal(old, mixed)
-        # Every patch is there once, with the position embedding that was added to it.
+        # Everything is there once, with the position embedding that was added to it.
         nearest = torch.cdist(old, mixed).argmin(dim=1)
         assert sorted(nearest.tolist()) == list(range(len(old)))
         torch.testing.assert_close(old, mixed[nearest])

@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, SiglipVisionConfig
 
 from longvideo.evaluation.corpus import make_groundings, make_scene
@@ -115,34 +116,34 @@ def begin_llava_st_stage(model: PreTrainedModel, stage: GroundingStage, without:
         without: what is left out.
     """
     model.config.use_lape = stage.lape and "lape" not in without
-    if stage.feature_scale != 1:
-        with torch.no_grad():
-            for value in last_connector_layer(model).parameters():
-                value.mul_(stage.feature_scale)
-    # Without position embeddings nothing would be left to tell places by.
-    shuffle_patches(model, stage.shuffled if model.config.use_lape else 0.0)
+    with torch.no_grad():
+        for value in last_connector_layer(model).parameters():
+            value.mul_(stage.feature_scale)
+        for layer in model.model.packer.children() if model.config.use_packer else ():
+            layer.to_out.weight.mul_(stage.packer_scale)
+    # Without position embeddings nothing would be left to tell places or times by.
+    shuffle_tokens(model, stage.shuffled if model.config.use_lape else 0.0)
 
 
-def shuffle_patches(model: LlavaSTForConditionalGeneration, chance: float) -> None:
-    """Gives the decoder the patches of pictures in random order in training, position embeddings with them.
+def shuffle_tokens(model: LlavaSTForConditionalGeneration, chance: float) -> None:
+    """Gives the decoder what it sees in random order in training: patches or packed tokens, each with its embedding.
 
     Args:
-        model: its inner model's `get_image_features` is wrapped.
+        model: its inner model's `get_image_features` and `get_video_features` are wrapped.
         chance: how often; 0 takes an earlier wrapping away.
     """
     inner = model.model
-    inner.__dict__.pop("get_image_features", None)
-    if not chance:
-        return
-    encode = inner.get_image_features
+    for name in ("get_image_features", "get_video_features"):
+        inner.__dict__.pop(name, None)
+        if chance:
+            setattr(inner, name, _in_random_order(inner, getattr(inner, name), chance))
 
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+
+def _in_random_order(inner: nn.Module, encode: Callable[..., Any], chance: float) -> Callable[..., Any]:
+    def encode_in_random_order(*args: Any, **kwargs: Any) -> Any:
         output = encode(*args, **kwargs)
         if inner.training and torch.rand(()) < chance:
-            output.pooler_output = [
-                picture_PD[torch.randperm(len(picture_PD), device=picture_PD.device)]
-                for picture_PD in output.pooler_output
-            ]
+            output.pooler_output = [x[torch.randperm(len(x), device=x.device)] for x in output.pooler_output]
         return output
 
-    inner.get_image_features = get_image_features
+    return encode_in_random_order

@@ -44,6 +44,8 @@ NEXT_TRY = 1 << 32
 # One shape alone is found, and its place read off, within two hundred batches; among several that takes far longer.
 ALONE = Difficulty(shapes=(1,), timed=False, move=0.4, change=0.3, needle=0.0)
 ALONE_FOR_A_WHILE = Difficulty(shapes=(1,), move=0.5, change=0.5, needle=0.2)
+# Two at most, so that the one that is asked for is soon found among them.
+A_FEW = Difficulty(shapes=(1, 2, 2), needle=0.2, backgrounds=("plain", "gradient"))
 # A picture takes a fourth of the time of a video: which of several shapes is meant is learned here first.
 SEVERAL = Difficulty(shapes=(1, 2, 2, 3), timed=False, move=0.4, change=0.3, needle=0.0)
 # In most frames of other scenes there is one shape; here every frame has several to ask for.
@@ -72,7 +74,9 @@ class GroundingStage:
         prepare_model: method of the model that is called before the stage; see `VideoSFTConfig`.
         connector_rate: rate of the connector, as a part of the decoder's.
         feature_scale: factor of the projector's output before the stage begins.
-        shuffled: chance that the patches of a picture stand in random order, each with its position embedding.
+        packer_scale: factor of what each packer adds to the pooled points before the stage begins.
+        shuffled: chance that the patches of a picture, or the tokens of a video, stand in random order, each with its
+            position embedding.
         repeats: chance that a place is asked for a second time.
     """
 
@@ -90,6 +94,7 @@ class GroundingStage:
     prepare_model: str | None = None
     connector_rate: float = 0.3
     feature_scale: float = 1.0
+    packer_scale: float = 1.0
     shuffled: float = 0.0
     repeats: float = 0.0
 
@@ -97,6 +102,7 @@ class GroundingStage:
 # Rows are told from the order of the patches, columns are not: in a feature ten times as long as its position
 # embedding the decoder never reads the column. Shorter features let it be noticed, and patches in random order leave
 # no other way to tell a place; a place asked for twice teaches to pass on a coordinate that is there.
+# It is the same with times behind the packers: what they add was thirty times as long as the embedding of a time.
 PLACES = {"connector_rate": 0.05, "shuffled": 1.0, "repeats": 0.5}
 
 GROUNDING_STAGES = (
@@ -130,6 +136,7 @@ GROUNDING_STAGES = (
         pictures=SEVERAL,
         connector_rate=0.05,
         feature_scale=0.2,
+        packer_scale=0.1,
     ),
     GroundingStage(
         "2b-one-shape",
@@ -152,15 +159,28 @@ GROUNDING_STAGES = (
         **PLACES,
     ),
     GroundingStage(
-        "2d-places-and-times",
-        6_400,
+        "2d-times-of-one",
+        5_600,
         1e-3,
         "constant_with_warmup",
         20,
-        (("rec", 0.3), ("reg", 0.06), ("picture", 0.02), ("tvg", 0.52), ("tr", 0.06), ("events", 0.04)),
+        (("rec", 0.1), ("tvg", 0.7), ("tr", 0.1), ("events", 0.1)),
+        difficulty=ALONE_FOR_A_WHILE,
         first_third=ALONE_FOR_A_WHILE,
+        connector_rate=0.05,
+        shuffled=1.0,
+    ),
+    GroundingStage(
+        "2e-times-of-several",
+        9_600,
+        1e-3,
+        "constant_with_warmup",
+        20,
+        (("rec", 0.1), ("reg", 0.05), ("tvg", 0.7), ("tr", 0.08), ("events", 0.07)),
+        first_third=A_FEW,
         difficulty="medium",
-        **{**PLACES, "shuffled": 0.5},
+        connector_rate=0.05,
+        shuffled=0.7,
     ),
     GroundingStage(
         "3-everything",
@@ -169,17 +189,18 @@ GROUNDING_STAGES = (
         "linear",
         20,
         (
-            ("rec", 0.2),
+            ("rec", 0.15),
             ("reg", 0.05),
-            ("tvg", 0.35),
-            ("tr", 0.05),
+            ("tvg", 0.4),
+            ("tr", 0.06),
             ("stvg", 0.18),
             ("svg", 0.06),
             ("elc", 0.04),
-            ("questions", 0.07),
+            ("questions", 0.06),
         ),
         first_third=LIVELY,
-        connector_rate=0.1,
+        connector_rate=0.05,
+        shuffled=0.3,
     ),
 )
 
