@@ -172,7 +172,7 @@ GROUNDING_STAGES = (
     ),
     GroundingStage(
         "2e-times-of-several",
-        9_600,
+        5_600,
         1e-3,
         "constant_with_warmup",
         20,
