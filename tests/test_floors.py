@@ -5,6 +5,7 @@ Imports go down or stay in the same folder, and no architecture knows another on
 """
 
 import ast
+import graphlib
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -235,6 +236,57 @@ def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.Monke
     targets = [target for target, _, _ in _imports(file)]
     stem = "longvideo.modeling"
     assert targets == [f"{stem}.longvu.a", f"{stem}.longvu.b.c", f"{stem}.videochat_flash.d.e"]
+
+
+def _needed_files(path: Path) -> set[str]:
+    """Files of ours that a file imports, also within functions; what only type checkers read is left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        inner.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for statement in node.body
+        for inner in ast.walk(statement)
+        if isinstance(inner, ast.Import | ast.ImportFrom)
+    }
+    found = {_target_file(target) for target, line, _ in _imports(path) if line not in typing_only}
+    # The face loads everything, and everything may ask it for what it offers.
+    files = {name if name.endswith(".py") else f"{name}/__init__.py" for name in found - {None, "longvideo"}}
+    return files - {"longvideo/__init__.py", _name(path)}
+
+
+def circle_of(needed: dict[str, set[str]]) -> str:
+    """A circle among files as a line to read; empty where there is none."""
+    try:
+        graphlib.TopologicalSorter(needed).prepare()
+    except graphlib.CycleError as error:
+        return " -> ".join(reversed(error.args[1]))
+    return ""
+
+
+def test_no_files_need_one_another() -> None:
+    needed = {_name(path): _needed_files(path) for path in _files(*FOLDERS)}
+    assert needed["longvideo/pipelines/granularities.py"] >= {"longvideo/cross_granularity/modules.py"}
+    assert circle_of(needed) == ""
+
+
+def test_a_circle_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "a.py": "from longvideo.trainers import b\n",
+        "b.py": "def f():\n    from longvideo.trainers.a import g\n",
+        "c.py": "if TYPE_CHECKING:\n    from longvideo.trainers.d import h\n",
+        "d.py": "from longvideo.trainers.c import i\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / "trainers" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "trainers" / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    needed = {f"trainers/{name}": _needed_files(tmp_path / "trainers" / name) for name in texts}
+    assert circle_of(needed).split(" -> ")[1:] in (
+        ["trainers/b.py", "trainers/a.py"],
+        ["trainers/a.py", "trainers/b.py"],
+    )
+    assert circle_of({name: needed[name] for name in ("trainers/c.py", "trainers/d.py")}) == ""
 
 
 def lengthy_parts(name: str, text: str) -> list[str]:

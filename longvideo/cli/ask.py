@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longvideo.cli import ask_rounds
+from longvideo.cli.sources import visual_kind
 
 if TYPE_CHECKING:
     from longvideo.pipelines import VideoQuestionAnsweringPipeline
@@ -177,13 +178,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         from longvideo.draw_grounding import check_target
 
         check_target(args.draw, is_video=visual_kind(args.video) == "video")
-
-
-def visual_kind(source: str) -> str:
-    """Tell by its ending whether a file is a picture; anything else is a video."""
-    from longvideo.pipelines.inputs import IMAGE_SUFFIXES
-
-    return "image" if Path(source).suffix.lower() in IMAGE_SUFFIXES - {".gif"} else "video"
 
 
 def check_picture_path(path: Path) -> None:

@@ -5,6 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from longvideo.cli.sources import visual_kind
+
 if TYPE_CHECKING:
     from longvideo.pipelines import VideoQuestionAnsweringPipeline
 
@@ -61,7 +63,6 @@ def check_model(pipe: "VideoQuestionAnsweringPipeline", args: argparse.Namespace
     Raises:
         ValueError: an argument is given that the model does not know.
     """
-    from longvideo.cli.ask import visual_kind
     from longvideo.cross_granularity.modules import has_granularities
 
     is_video = visual_kind(args.video) == "video"

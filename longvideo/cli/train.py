@@ -2,12 +2,13 @@
 
 import argparse
 
+from longvideo.cli.train_plan import DTYPES
+
 HELP = (
     "Fine-tune a model on your rows with the settings of a training stage: RECIPE is an architecture and a stage as "
     "longvu/stage2_video, or your own yaml file. --dry-run says what learns, how many tokens a step has and how much "
     "memory it takes, without loading weights."
 )
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

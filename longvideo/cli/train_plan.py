@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longvideo.trainers import VideoSFTConfig
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SUPERVISED, CROSS_GRANULARITY = TRAINERS = ("supervised", "cross_granularity")
 
 

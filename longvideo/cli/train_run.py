@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvideo.cli.train import DTYPES
 from longvideo.cli.train_coordinates import prepare_coordinates, split_fields
 from longvideo.cli.train_modules import add_modules, count_questions, describe_steps, module_groups, read_questions
-from longvideo.cli.train_plan import Plan
+from longvideo.cli.train_plan import DTYPES, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "ControllerRules": "longvideo.cross_granularity.controller",
+    "ControllerRules": "longvideo.cross_granularity.rules",
     "CrossGranularityController": "longvideo.cross_granularity.controller",
-    "make_controller": "longvideo.cross_granularity.modules",
+    "make_controller": "longvideo.cross_granularity.joining",
     "video_duration": "longvideo.processing.crossvllm.source_frames",
     "CrossGranularityAnswer": "longvideo.cross_granularity.trace",
     "ModuleCall": "longvideo.cross_granularity.trace",

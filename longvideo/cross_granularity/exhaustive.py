@@ -1,6 +1,6 @@
 """Questions that count or order: the video is examined part by part, and the answer comes from the list of events."""
 
-from longvideo.cross_granularity.controller import Asking, ControllerRules
+from longvideo.cross_granularity.rules import Asking, ControllerRules
 from longvideo.cross_granularity.trace import CrossGranularityAnswer, ModuleCall, ModuleTurn, Round, VideoQuestion
 from longvideo.processing.crossvllm import event_lists
 from longvideo.processing.crossvllm.policies import as_text

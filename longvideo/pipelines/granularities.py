@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import Chat
 
-from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
+from longvideo.cross_granularity.controller import CrossGranularityController
 from longvideo.cross_granularity.modules import BATCH_SIZE, granularity_modules, has_granularities
+from longvideo.cross_granularity.rules import ControllerRules
 from longvideo.cross_granularity.trace import CrossGranularityAnswer, VideoQuestion
 from longvideo.pipelines import inputs
 from longvideo.processing.crossvllm.source_frames import local_copy, video_duration

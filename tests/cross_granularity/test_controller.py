@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from longvideo.cross_granularity.controller import ControllerRules, CrossGranularityController
+from longvideo.cross_granularity.controller import CrossGranularityController
+from longvideo.cross_granularity.rules import ControllerRules
 from longvideo.cross_granularity.trace import CrossGranularityAnswer, ModuleCall, VideoQuestion, describe_rounds
 from tests.malformed_policies import malformed_policies
 

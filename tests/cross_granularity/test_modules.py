@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from longvideo.cross_granularity import modules
-from longvideo.cross_granularity.controller import ControllerRules
-from longvideo.cross_granularity.modules import GranularityModule, PipelineModule, granularity_modules, make_controller
+from longvideo.cross_granularity.joining import make_controller
+from longvideo.cross_granularity.modules import GranularityModule, PipelineModule, granularity_modules
+from longvideo.cross_granularity.rules import ControllerRules
 from longvideo.cross_granularity.trace import ModuleCall, VideoQuestion
 from longvideo.pipelines.video_question_answering import VideoQuestionAnsweringPipeline
 from longvideo.processing.crossvllm import source_frames
