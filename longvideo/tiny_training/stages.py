@@ -103,7 +103,19 @@ LONGER = (
     ("full", None),
 )
 FINISH = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 4)
+AGAIN = (
+    (ONE_MOVES, None),
+    (TWO_MOVE, 8),
+    *((TWO_MOVE, None),) * 2,
+    (TWO_COME_AND_GO, None),
+    *((MOVING, None),) * 2,
+    *(("full", None),) * 3,
+)
+LAST = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 6)
 CLIP_KINDS = ALL_KINDS + ("direction",) * 10
+# What is nearly always right by then is seldom asked.
+WEAK_KINDS = ("colour",) * 2 + ("direction",) * 8 + ("order",) * 3 + ("at_time",) * 6 + ("when",) * 4
+LATE_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 8 + ("order",) * 2 + ("at_time",) * 11 + ("when",)
 CLIPS = (
     Stage(
         "6a-clips",
@@ -124,6 +136,10 @@ CLIPS = (
         "6c-longer", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=LONGER
     ),
     replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=FINISH),
+    Stage("8-again", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=AGAIN),
+    Stage("9-finish", 6_400, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, mixed=FINISH),
+    Stage("10-drill", 8_000, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, WEAK_KINDS, mixed=(*LAST, LAST[0])),
+    Stage("11-at-times", 4_480, 6e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LATE_KINDS, mixed=LAST),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
