@@ -67,7 +67,7 @@ hf-suite: $(READY)  ## transformers' own common tests over every architecture
 		$(TEST_ENV) $(PY) tests/run_hf_suite.py --factory "tests.hf_factories:$$name" --hf-tests "$$dir/tests" -n $(JOBS) $(ARGS); \
 	done
 
-train-tiny: $(READY)  ## trains the tiny checkpoint that lies in the package (MODEL=videochat_flash)
+train-tiny: $(READY)  ## trains a tiny checkpoint as those in the package (MODEL=videochat_flash)
 	$(PY) -m longvideo.tiny_training.$(if $(filter crossvllm,$(MODEL)),train_crossvllm,train $(MODEL)) $(ARGS)
 
 clean:  ## removes the environments and what the targets wrote

@@ -1,4 +1,4 @@
-"""Trains the tiny checkpoint that comes with the package, on the procedural corpus, with our own trainer.
+"""Trains a tiny checkpoint as those that come with the package, on the procedural corpus, with our own trainer.
 
     python -m longvideo.tiny_training.train videochat_flash --out runs/tiny
 
