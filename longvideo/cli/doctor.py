@@ -33,12 +33,11 @@ PURPOSE = {
     "peft": "LoRA fine-tuning",
     "datasets": "training rows",
     "accelerate": "transformers.Trainer",
-    "liger-kernel": "fused training kernels on CUDA",
-    "flash-attn": 'attn_implementation="flash_attention_2"',
+    "liger_kernel": "fused training kernels on CUDA",
+    "flash_attn": 'attn_implementation="flash_attention_2"',
     "torchcodec": "another decoder",
     "pycocoevalcap": "BLEU, METEOR, ROUGE-L and CIDEr of captions",
 }
-IMPORT_NAMES = {"liger-kernel": "liger_kernel", "flash-attn": "flash_attn"}
 OPTIONAL_EXTRAS = ("train", "liger", "flash", "captions")
 
 
@@ -129,7 +128,9 @@ def check_package(requirement: str, *, needed: bool, fix: str, load: bool) -> Ch
 
     wanted = Requirement(requirement)
     name, bounds = wanted.name, str(wanted.specifier)
-    purpose = PURPOSE.get(name, "")
+    # Builders write "-" or "_" into an installed package's metadata as they like; modules only have "_".
+    module = name.replace("-", "_")
+    purpose = PURPOSE.get(module, "")
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -138,7 +139,7 @@ def check_package(requirement: str, *, needed: bool, fix: str, load: bool) -> Ch
         return Check(name, "broken", f"{version}, supported is {bounds}", needed, fix)
     if load:
         try:
-            importlib.import_module(IMPORT_NAMES.get(name, name))
+            importlib.import_module(module)
         except Exception as error:  # a broken binary package raises whatever it likes
             detail = f"{version} is installed but does not import: {_first_line(error)}"
             return Check(name, "broken", detail, needed, fix)
@@ -220,7 +221,8 @@ def find_torchcodec() -> Check:
 
     loaded = torchcodec_decoders()
     if isinstance(loaded, str):
-        detail = f"installed but does not import ({loaded[:100]}); PyAV is used"
+        reason = loaded.removesuffix(" Likely causes:")[:100]
+        detail = f"installed but does not import ({reason}); PyAV is used"
         fix = "install FFmpeg's shared libraries, or pip uninstall torchcodec"
         return Check("torchcodec", "broken", detail, False, fix)
     return Check("torchcodec", "ok", importlib.metadata.version("torchcodec"), False)

@@ -54,6 +54,20 @@ def test_installed_metadata_gives_the_same_ranges_as_the_checkout() -> None:
     assert found.extras == {"train": ("peft>=0.19",), "liger": (), "flash": (), "captions": ()}
 
 
+@pytest.mark.parametrize("line", ["huggingface-hub>=1.0", "huggingface_hub>=1.0"])
+def test_a_package_is_imported_however_the_builder_wrote_its_name(line: str) -> None:
+    (requirement,) = doctor._from_metadata(">=3.11", [line]).needed
+    check = doctor.check_package(requirement, needed=True, fix="x", load=True)
+    assert check.status == "ok", check.detail
+
+
+def test_a_missing_package_says_what_it_is_for_however_its_name_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.PURPOSE, "no_such_package_here", "nothing at all")
+    for name in ("no-such-package-here", "no_such_package_here"):
+        check = doctor.check_package(f"{name}>=1", needed=False, fix="x", load=False)
+        assert check.detail == "not installed; for nothing at all"
+
+
 def test_a_missing_package_names_the_command_that_brings_it() -> None:
     check = doctor.check_package("no-such-package-here>=1", needed=False, fix='pip install ".[train]"', load=False)
     assert (check.status, check.fix) == ("missing", 'pip install ".[train]"')
