@@ -128,6 +128,7 @@ class ModuleTexts:
         self.processor, self.tokenizer = processor, processor.tokenizer
         names = ("granularity", "spatial_pool_stride")
         self.strides = {name: {key: call[key] for key in names if key in call} for name, call in wishes.items()}
+        self.placeholders = frozenset({processor.image_token_id, processor.video_token_id} - {None})
 
     def prompt(self, question: VideoQuestion, granularity: str, num_frames: int, duration: float) -> str:
         """Write the prompt of a module with its placeholders.
@@ -207,7 +208,8 @@ class ModuleTexts:
         Source: CrossVLLM Sec. 3. Differs: A policy that cannot be read stands for the whole video.
         """
         end = next((i + 1 for i, x in enumerate(ids) if x in end_ids), len(ids))
-        kept = list(ids[:end])
+        # A placeholder would stand for a video that is not there when the policy goes through the model again.
+        kept = [token for token in ids[:end] if token not in self.placeholders]
         text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
         parsed = parse_coarse(text)
         segment = normalize_segment(parsed.t_start, parsed.t_end, duration, min_segment=min_segment)
@@ -250,7 +252,7 @@ def generate(
     num_samples: int | None = None,
     **settings: Any,
 ) -> list[list[int]]:
-    """Let a module write.
+    """Let a module write anything but placeholders of images and videos.
 
     Args:
         model: The model, without wrappers.
@@ -264,7 +266,8 @@ def generate(
         New token ids of each text, padded behind their end.
     """
     ids_1S = torch.tensor([prompt_ids], device=model.device)
-    settings = {"num_beams": 1, "repetition_penalty": 1.0, "return_dict_in_generate": False, **settings}
+    usual = {"num_beams": 1, "repetition_penalty": 1.0, "return_dict_in_generate": False}
+    settings = {**usual, "suppress_tokens": suppressed_ids(model), **settings}
     with answering(model), model.use_granularity(granularity):
         if num_samples is None:
             settings.update(do_sample=False, vision_features=[features])
@@ -277,6 +280,13 @@ def generate(
             ids_nS = ids_1S.repeat(num_samples, 1)
             ids_nS = model.generate(input_ids=ids_nS, attention_mask=torch.ones_like(ids_nS), **settings)
     return ids_nS[:, ids_1S.shape[1] :].tolist()
+
+
+def suppressed_ids(model: nn.Module) -> list[int]:
+    """Returns the ids that a model shall not write: the placeholders, and those that its settings name."""
+    config = model.config
+    own = model.generation_config.suppress_tokens or ()
+    return sorted({*own, config.image_token_id, config.video_token_id} - {None})
 
 
 def answer_logits(

@@ -179,6 +179,39 @@ def test_odd_policies(tmp_path, texts, well_formed, pairs):
         assert losses_of(trainer, "reward/winner_overlap") == [0.0] == losses_of(trainer, "loss")[:1]
 
 
+def test_placeholders_in_policies_do_not_end_the_run(tmp_path):
+    model, processor = model_and_processor()
+    trainer = short_run(tmp_path, model, processor, rows=[question_row(0)], gradient_accumulation_steps=1)
+    token = processor.video_token
+    texts = [GOOD[0], GOOD[1].replace("14", f"1{token}4"), f"{token}{processor.image_token}"]
+    assert processor.tokenizer(texts[2])["input_ids"] == [processor.video_token_id, processor.image_token_id]
+    with scripted(lambda count, prompt: texts[1:2] if count is None else texts, processor.tokenizer):
+        trainer.train()
+    # left out of a policy; what holds nothing else cannot be read
+    assert losses_of(trainer, "coarse/well_formed") == [pytest.approx(2 / 3)]
+    assert losses_of(trainer, "coarse/pairs") == [2.0] and math.isfinite(losses_of(trainer, "loss")[1])
+
+
+@pytest.mark.parametrize("num_samples", [None, 4], ids=["most likely", "samples"])
+def test_placeholders_are_not_written(tmp_path, num_samples):
+    model, processor = model_and_processor()
+    trainer = short_run(tmp_path, model, processor)
+    config, asked = model.config, []
+    head = model.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(
+            -1, torch.tensor([config.image_token_id, config.video_token_id]), 50.0
+        )
+    )
+    prompt_ids, features = trainer._coarse_view(as_question(question_row(0)))
+    settings = {"granularity": "coarse", "max_new_tokens": 5, "eos_token_id": [260], "pad_token_id": 0}
+    for own in (None, [77]):
+        model.generation_config.suppress_tokens = own
+        written = generate(model, prompt_ids, features, num_samples=num_samples, **settings)
+        asked.extend(token for ids in written for token in ids)
+    head.remove()
+    assert asked and not {config.image_token_id, config.video_token_id} & set(asked)
+
+
 def test_samples_share_prompt_and_video(tmp_path):
     model, processor = model_and_processor()
     trainer = short_run(tmp_path, model, processor)
