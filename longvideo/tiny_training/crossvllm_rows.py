@@ -26,7 +26,7 @@ from longvideo.evaluation.corpus.long_scenes import (
 from longvideo.processing.crossvllm.policies import Rejected, coarse_prompt, fine_prompt, plain_prompt, policy_text
 from longvideo.processing.crossvllm.source_frames import cut_of
 from longvideo.processing.crossvllm.video_processing_crossvllm import spread_over
-from longvideo.processing.shared.frame_sampling import clip_range
+from longvideo.processing.shared.frame_sampling import covering_range
 from longvideo.tiny_training.build_crossvllm import COARSE_FRAMES, FINE_FRAMES, NOT_SEEN
 from longvideo.trainers.label_rules import IGNORE_INDEX
 
@@ -184,7 +184,7 @@ def frame_indices(scene: Scene, granularity: str, segment: tuple[float, float] |
         Zero-based indices at LONG_FPS frames per second.
     """
     start, end = cut_of(segment, float(scene.duration))
-    first, count, _ = clip_range(scene.duration * LONG_FPS, float(LONG_FPS), start=start, end=end)
+    first, count, _ = covering_range(scene.duration * LONG_FPS, float(LONG_FPS), start=start, end=end)
     wanted = COARSE_FRAMES if granularity == "coarse" else FINE_FRAMES
     return (spread_over(count, wanted) + first).tolist()
 

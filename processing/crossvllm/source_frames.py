@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from longvideo.processing.shared import video_io
-from longvideo.processing.shared.frame_sampling import clip_range
 from longvideo.processing.shared.video_inputs import channels_first, describe_array, flatten_videos, to_metadata
 from longvideo.processing.shared.video_sources import downloaded, is_remote
 
@@ -110,7 +109,7 @@ class SourceFrames:
         """Say which frames a video processor would take, without decoding any.
 
         Args:
-            processor: Video processor with `sampling_rule` and `choose_frames`.
+            processor: Video processor with `sampling_rule`, `choose_frames` and `cut_range`.
             segment: (start, end) in seconds; None for the whole video.
             **call: Wishes of the call.
 
@@ -119,10 +118,11 @@ class SourceFrames:
         """
         start, end = cut_of(segment, self.duration)
         if self.info is not None:
-            metadata, first = video_io.cut_metadata(self.info, start=start, end=end)
+            cut_range = processor.cut_range
+            metadata, first = video_io.cut_metadata(self.info, start=start, end=end, cut_range=cut_range)
         else:
             count = len(self.frames_FCHW)
-            first, count, length = clip_range(count, self.rate, start=start, end=end)
+            first, count, length = processor.cut_range(count, self.rate, start=start, end=end)
             metadata = video_io.SourceVideoMetadata(total_num_frames=count, fps=self.rate, duration=length)
         chosen = processor.choose_frames(metadata, processor.sampling_rule({}, call))
         return (np.asarray(chosen) + first).tolist()

@@ -9,7 +9,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
-from longvideo.processing.shared.frame_sampling import check_total, middle_indices
+from longvideo.processing.shared.frame_sampling import check_total, covering_range, middle_indices
 from longvideo.processing.shared.pixels import resize_exact
 from longvideo.processing.shared.sampled_videos import SampledVideos
 from longvideo.processing.shared.video_inputs import channels_first
@@ -48,7 +48,8 @@ class CrossVLLMVideoProcessor(SampledVideos, BaseVideoProcessor):
     sampling is asked for (`num_frames`, `fps`, `min_frames`, `max_frames`, `do_sample_frames=True`) or their metadata
     gives the frame rate without `frames_indices`. `do_sample_frames=False` keeps every frame of any source.
     Without other wishes the frames of the granularity are spread evenly over the video, or over the segment between
-    `video_start` and `video_end` of its block, which is read from the source; never more than there are.
+    `video_start` and `video_end` of its block, which is read from the source; never more than there are. Every frame
+    that is shown for a part of the segment belongs to it.
 
     Output: `pixel_values_videos` (videos, F, C, S, S) when all videos have F frames, otherwise (sum of F, C, S, S)
     together with `video_num_frames` (videos,) int64; `video_metadata` on request.
@@ -84,6 +85,7 @@ class CrossVLLMVideoProcessor(SampledVideos, BaseVideoProcessor):
     progress = None
     video_options = None
     model_input_names = ["pixel_values_videos"]
+    cut_range = staticmethod(covering_range)
     valid_kwargs = CrossVLLMVideoProcessorKwargs
 
     def frame_budget(self, call: Mapping[str, Any]) -> int:
@@ -204,6 +206,7 @@ class CrossVLLMVideoProcessor(SampledVideos, BaseVideoProcessor):
             backend=self.option("video_backend", call),
             num_threads=self.option("num_threads", call),
             progress=self.option("progress", call),
+            cut_range=self.cut_range,
         )
         resample = self.option("resample", call)
         with opened as (facts, frames):

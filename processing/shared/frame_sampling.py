@@ -7,8 +7,14 @@ Every function returns a sorted int64 array; times in seconds follow from the in
 
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
+
+# From the number of frames, their rate, `start` and `end`: first frame, number of frames, seconds.
+CutRange = Callable[..., tuple[int, int, float]]
+# In frames: how far the product of a time and a rate may be off a whole number.
+BORDER = 1e-6
 
 
 def check_rate(video_fps: float | None) -> float:
@@ -307,6 +313,38 @@ def clip_range(
     stop = duration if end is None else min(float(end), max(duration - 0.1, begin + 1 / rate))
     first = min(int(begin * rate), total - 1)
     count = max(min(int((stop - begin) * rate), total - first), 1)
+    return first, count, stop - begin
+
+
+def covering_range(
+    num_frames_total: int, video_fps: float, *, start: float | None, end: float | None
+) -> tuple[int, int, float]:
+    """Turn a time window into the range of all frames that are shown in it, be it for a part of their time.
+
+    Args:
+        num_frames_total: Number of frames of the source video.
+        video_fps: Source frames per second.
+        start: Begin of the window in seconds, None for the begin of the video.
+        end: End of the window in seconds, None for the end of the video; cut to the end of the video.
+
+    Returns:
+        First frame index floor(start * fps), number of frames up to ceil(end * fps) (at least one), duration of the
+        window in seconds.
+
+    Raises:
+        ValueError: The window is empty or begins outside the video.
+
+    Source: CrossVLLM Sec. 3.1, the segment between two times.
+    Differs: The paper does not say how times between two frames are rounded.
+    """
+    total, rate = check_total(num_frames_total), check_rate(video_fps)
+    duration = total / rate
+    check_window(duration, start=start, end=end)
+    begin = 0.0 if start is None else float(start)
+    stop = duration if end is None else min(float(end), duration)
+    # Products of decimal times and rates miss whole numbers by rounding.
+    first = min(math.floor(begin * rate + BORDER), total - 1)
+    count = max(min(math.ceil(stop * rate - BORDER), total) - first, 1)
     return first, count, stop - begin
 
 

@@ -168,6 +168,7 @@ class SampledVideos(StretchedVideos):
                 do_sample=do_sample,
                 data_format=call.get("input_data_format"),
                 choose=lambda known: self.choose_frames(known, rule),
+                cut_range=self.cut_range,
             )
         else:
             keep_all = keeps_every_frame(source, do_sample)

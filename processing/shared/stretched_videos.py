@@ -9,6 +9,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.video_utils import VideoMetadata
 
+from longvideo.processing.shared.frame_sampling import clip_range
 from longvideo.processing.shared.pixels import resize_exact
 from longvideo.processing.shared.video_io import SourceVideoMetadata, read_video
 from longvideo.processing.shared.video_options import pil_filter
@@ -33,8 +34,11 @@ class CallOptions:
 class StretchedVideos(CallOptions):
     """Reads files at the size of the tower and normalises frames; to be named before `BaseVideoProcessor`.
 
-    A video processor has its options as attributes and says with `join_videos` how a batch is laid out.
+    A video processor has its options as attributes and says with `join_videos` how a batch is laid out, and with
+    `cut_range` which frames lie between two times.
     """
+
+    cut_range = staticmethod(clip_range)
 
     def join_videos(self, videos: list[torch.Tensor]) -> dict[str, Any]:
         """Lay out the videos of a batch.
@@ -84,6 +88,7 @@ class StretchedVideos(CallOptions):
             backend=self.option("video_backend", call),
             num_threads=self.option("num_threads", call),
             progress=self.option("progress", call),
+            cut_range=self.cut_range,
         )
         return torch.from_numpy(frames).permute(0, 3, 1, 2), facts
 

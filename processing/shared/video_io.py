@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from transformers.video_utils import VideoMetadata
 
-from longvideo.processing.shared.frame_sampling import check_rate, check_window, clip_range
+from longvideo.processing.shared.frame_sampling import CutRange, check_rate, check_window, clip_range
 from longvideo.processing.shared.video_decoding import decode_each, decode_wanted
 from longvideo.processing.shared.video_probe import VideoInfo, probe_video
 from longvideo.processing.shared.video_sources import (
@@ -79,6 +79,7 @@ def read_video(
     num_threads: int = 0,
     progress: bool | None = None,
     fps: float | None = None,
+    cut_range: CutRange = clip_range,
 ) -> tuple[np.ndarray, SourceVideoMetadata]:
     """Read the wanted frames of a video.
 
@@ -92,6 +93,7 @@ def read_video(
         num_threads: Decoder threads, 0 for as many as there are cores.
         progress: Whether to show a progress bar; None shows one for long videos on a terminal.
         fps: Frames per second of pictures and gifs, which state none (default 1); not for video files.
+        cut_range: Which frames lie between `start` and `end` where the rate is constant.
 
     Returns:
         (F, height, width, 3) uint8 RGB frames in the order of the indices, and their metadata with
@@ -119,13 +121,14 @@ def read_video(
                 num_threads=num_threads,
                 progress=progress,
                 fps=fps,
+                cut_range=cut_range,
             )
     pictures = frame_pictures(source)
     if pictures is not None:
-        rate = picture_rate(pictures, fps)
-        return read_pictures(pictures, sample_indices_fn=sample_indices_fn, size=size, start=start, end=end, fps=rate)
+        cut = {"start": start, "end": end, "fps": picture_rate(pictures, fps), "cut_range": cut_range}
+        return read_pictures(pictures, sample_indices_fn=sample_indices_fn, size=size, **cut)
     info = file_info(source, fps)
-    metadata, first = cut_metadata(info, start=start, end=end)
+    metadata, first = cut_metadata(info, start=start, end=end, cut_range=cut_range)
     wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
     unique, inverse = np.unique(wanted, return_inverse=True)
     frames, used = decode_wanted(info, unique, size=size, backend=backend, num_threads=num_threads, progress=progress)
@@ -148,6 +151,7 @@ def opened_video(
     num_threads: int = 0,
     progress: bool | None = None,
     fps: float | None = None,
+    cut_range: CutRange = clip_range,
 ) -> Iterator[tuple[SourceVideoMetadata, Iterator[np.ndarray]]]:
     """Open a video whose wanted frames are given one after another, at the size of the source.
 
@@ -160,6 +164,7 @@ def opened_video(
         num_threads: As in `read_video`.
         progress: As in `read_video`.
         fps: As in `read_video`.
+        cut_range: As in `read_video`.
 
     Yields:
         The metadata that `read_video` gives, and an iterator over the (H, W, 3) uint8 RGB frames, decoded on the way.
@@ -176,7 +181,7 @@ def opened_video(
         local = stack.enter_context(downloaded(source)) if is_remote(source) else source
         pictures = frame_pictures(local)
         info = file_info(local, fps) if pictures is None else pictures_info(pictures, picture_rate(pictures, fps))
-        metadata, first = cut_metadata(info, start=start, end=end)
+        metadata, first = cut_metadata(info, start=start, end=end, cut_range=cut_range)
         wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
         if np.any(np.diff(wanted) < 0):
             raise ValueError(f"Frames are given in the order of the video, but the indices {wanted} run backwards.")
@@ -255,6 +260,7 @@ def read_pictures(
     start: float | None,
     end: float | None,
     fps: float,
+    cut_range: CutRange = clip_range,
 ) -> tuple[np.ndarray, SourceVideoMetadata]:
     """Read the wanted ones of the pictures that stand for frames.
 
@@ -265,6 +271,7 @@ def read_pictures(
         start: As in `read_video`.
         end: As in `read_video`.
         fps: Frames per second of source time.
+        cut_range: As in `read_video`.
 
     Returns:
         As `read_video`.
@@ -273,7 +280,7 @@ def read_pictures(
         ValueError: Pictures of different sizes without `size`, or wrong indices.
     """
     info = pictures_info(pictures, fps)
-    metadata, first = cut_metadata(info, start=start, end=end)
+    metadata, first = cut_metadata(info, start=start, end=end, cut_range=cut_range)
     wanted = checked_indices(sample_indices_fn(metadata), metadata.total_num_frames) + first
     unique, inverse = np.unique(wanted, return_inverse=True)
     kept = [read_picture(pictures[index], size) for index in unique]
@@ -331,7 +338,7 @@ def describe_video(
         fps: As in `read_video`.
 
     Returns:
-        Metadata without frame indices.
+        Metadata without frame indices; where the frame rate varies, with the times of all frames.
 
     Raises:
         FileNotFoundError: No such file.
@@ -343,7 +350,10 @@ def describe_video(
             return describe_video(file, start=start, end=end, fps=fps)
     pictures = frame_pictures(source)
     info = file_info(source, fps) if pictures is None else pictures_info(pictures, picture_rate(pictures, fps))
-    return cut_metadata(info, start=start, end=end)[0]
+    metadata, first = cut_metadata(info, start=start, end=end)
+    if info.is_variable_frame_rate:
+        metadata.frame_times = info.frame_times[first : first + metadata.total_num_frames].tolist()
+    return metadata
 
 
 def picture_rate(pictures: list[Path], fps: float | None) -> float:
@@ -384,13 +394,16 @@ def file_info(source: str | Path, fps: float | None) -> VideoInfo:
     return info
 
 
-def cut_metadata(info: VideoInfo, *, start: float | None, end: float | None) -> tuple[SourceVideoMetadata, int]:
+def cut_metadata(
+    info: VideoInfo, *, start: float | None, end: float | None, cut_range: CutRange = clip_range
+) -> tuple[SourceVideoMetadata, int]:
     """Describe the part of a video between two times.
 
     Args:
         info: Facts of the uncut video.
         start: Begin in seconds or None.
         end: End in seconds or None.
+        cut_range: Which frames lie between both where the rate is constant.
 
     Returns:
         Metadata of the part, and the index of its first frame in the source.
@@ -407,7 +420,7 @@ def cut_metadata(info: VideoInfo, *, start: float | None, end: float | None) -> 
         count = max(int(np.searchsorted(info.frame_times, stop - 1e-6)) - first, 1)
         duration = stop - begin
     else:
-        first, count, duration = clip_range(info.num_frames, info.fps, start=start, end=end)
+        first, count, duration = cut_range(info.num_frames, info.fps, start=start, end=end)
     metadata = SourceVideoMetadata(
         total_num_frames=count,
         fps=info.fps,

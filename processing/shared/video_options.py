@@ -9,7 +9,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import VideosKwargs
 from transformers.video_utils import VideoMetadata
 
-from longvideo.processing.shared.frame_sampling import check_rate, clip_range
+from longvideo.processing.shared.frame_sampling import CutRange, check_rate, clip_range
 from longvideo.processing.shared.messages import BLOCK_OPTIONS
 from longvideo.processing.shared.video_inputs import (
     channels_first,
@@ -166,6 +166,7 @@ def read_array(
     do_sample: bool | None,
     data_format: Any,
     choose: Callable[[VideoMetadata], np.ndarray],
+    cut_range: CutRange = clip_range,
 ) -> tuple[torch.Tensor, SourceVideoMetadata]:
     """Sample frames that are in memory, where their facts or a wish say that they were not sampled before.
 
@@ -177,6 +178,7 @@ def read_array(
         do_sample: The wish, None for the default.
         data_format: "channels_first" or "channels_last"; guessed when None.
         choose: Maps metadata to zero-based frame indices in the (cut) array.
+        cut_range: Which frames lie between `start` and `end`.
 
     Returns:
         (F', C, H, W) frames and where they come from.
@@ -203,7 +205,7 @@ def read_array(
     facts.total_num_frames, facts.fps = count, rate
     first = 0
     if cut:
-        first, facts.total_num_frames, facts.duration = clip_range(
+        first, facts.total_num_frames, facts.duration = cut_range(
             count, check_rate(rate), start=options.get("start"), end=options.get("end")
         )
     check_available(rule["num_frames"], facts.total_num_frames)

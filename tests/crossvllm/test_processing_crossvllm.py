@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoVideoProcessor, CLIPImageProcessor
 
 from longvideo.processing.crossvllm import CrossVLLMProcessor, CrossVLLMVideoProcessor
+from longvideo.processing.crossvllm.source_frames import SourceFrames
 from tests.processing_inputs import ask, frames_of, messages
 from tests.tiny import tiny_tokenizer
 from tests.tiny_crossvllm_processor import SIDE, tiny_crossvllm_processor
@@ -70,7 +71,16 @@ def test_granularities_have_their_frames_and_placeholders(processor, clip, wishe
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "first", "total"), [(2.0, 6.0, 16, 32), (0.0, 3.0, 0, 24), (9.0, 10.0, 72, 7), (4.0, 4.1, 32, 1)]
+    ("start", "end", "first", "total"),
+    [
+        (2.0, 6.0, 16, 32),
+        (0.0, 3.0, 0, 24),
+        (9.0, 10.0, 72, 8),
+        (4.0, 4.1, 32, 1),
+        (4.0, 4.2, 32, 2),
+        (2.2, 2.4, 17, 3),
+        (9.0, 9.95, 72, 8),
+    ],
 )
 def test_segments_are_read_from_the_source(processor, clip, start, end, first, total) -> None:
     content = [{"type": "video", "path": str(clip), "video_start": start, "video_end": end}]
@@ -79,6 +89,20 @@ def test_segments_are_read_from_the_source(processor, clip, start, end, first, t
     expected = middles(first, total, min(4, total))
     assert list(inputs["video_metadata"][0].frames_indices) == expected
     assert numbers_of(inputs["pixel_values_videos"][0], processor) == expected
+
+
+@pytest.mark.parametrize("segment", [(2.2, 2.4), (9.0, 9.95), (9.0, 10.0), (2.0, 6.0)])
+def test_a_segment_has_the_same_frames_wherever_it_comes_from(processor, clip, segment) -> None:
+    block = {"type": "video", "video_start": segment[0], "video_end": segment[1]}
+    frames, facts = np.stack(frames_of(80)), {"fps": 8.0}
+    taken = []
+    for video, known in ((str(clip), {}), (frames, {"video_metadata": facts})):
+        content = [{**block, "video": video, **known}, {"type": "text", "text": "What?"}]
+        inputs = ask(processor, [{"role": "user", "content": content}], granularity="fine")
+        taken.append(list(inputs["video_metadata"][0].frames_indices))
+        source = SourceFrames(video, known.get("video_metadata"))
+        taken.append(source.choose(processor.video_processor, segment, granularity="fine"))
+    assert taken == taken[:1] * 4
 
 
 def test_a_short_video_has_fewer_frames(processor, tmp_path, recwarn) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from longvideo.processing.shared.frame_sampling import (
     clip_range,
+    covering_range,
     dynamic_fps1_indices,
     fps_indices,
     middle_indices,
@@ -126,12 +127,42 @@ def test_clip_range_follows_the_original() -> None:
     assert (first, count) == (50, 197) and duration == pytest.approx(7.9, abs=1e-9)
 
 
-def test_windows_outside_the_video_are_errors() -> None:
+@pytest.mark.parametrize(
+    ("rate", "total", "start", "end", "first", "last"),
+    [
+        (1.0, 20, 2.1, 4.1, 2, 4),
+        (1.0, 20, 17.0, 19.95, 17, 19),
+        (1.0, 20, 2.9, 3.9, 2, 3),
+        (2.0, 20, 5.7, 6.8, 11, 13),
+        (25.0, 500, 8.3, 9.3, 207, 232),
+        (25.0, 500, 18.0, 20.0, 450, 499),
+        (8.0, 80, 4.0, 4.01, 32, 32),
+        (8.0, 80, 9.99, None, 79, 79),
+        (8.0, 80, None, 0.25, 0, 1),
+        (8.0, 80, None, None, 0, 79),
+    ],
+)
+def test_a_covering_range_holds_every_frame_that_is_shown_in_it(rate, total, start, end, first, last) -> None:
+    found, count, duration = covering_range(total, rate, start=start, end=end)
+    assert (found, found + count - 1) == (first, last)
+    assert duration == pytest.approx((total / rate if end is None else end) - (start or 0.0), abs=1e-9)
+
+
+def test_times_of_borders_between_frames_are_not_rounded_to_the_next_frame() -> None:
+    # 30000 / 1001 is the rate of most files; decimal times miss whole numbers of frames by some 1e-14.
+    for rate in (10.0, 24.0, 30000 / 1001):
+        for index in range(1, 290):
+            assert covering_range(300, rate, start=index / rate, end=(index + 3) / rate)[:2] == (index, 3)
+    assert covering_range(300, 10.0, start=0.7, end=2.3)[:2] == (7, 16)
+
+
+@pytest.mark.parametrize(("cut", "count"), [(clip_range, 22), (covering_range, 25)])
+def test_windows_outside_the_video_are_errors(cut, count) -> None:
     with pytest.raises(ValueError, match="empty"):
-        clip_range(250, 25.0, start=4, end=4)
+        cut(250, 25.0, start=4, end=4)
     with pytest.raises(ValueError, match=r"beyond the end of the video, which lasts 10\.00 s"):
-        clip_range(250, 25.0, start=10, end=12)
+        cut(250, 25.0, start=10, end=12)
     with pytest.raises(ValueError, match="start=-1"):
-        clip_range(250, 25.0, start=-1, end=None)
+        cut(250, 25.0, start=-1, end=None)
     with pytest.warns(UserWarning, match="end=20 s lies beyond"):
-        assert clip_range(250, 25.0, start=9, end=20)[:2] == (225, 22)
+        assert cut(250, 25.0, start=9, end=20)[:2] == (225, count)
