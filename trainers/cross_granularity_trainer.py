@@ -382,6 +382,7 @@ class CrossGranularityTrainer(VideoSFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Ground and answer the questions of a batch; the metrics are added up for `evaluation_loop`."""
         losses = []
+        self.seen.begin_pair()
         with self.compute_loss_context_manager(), answering(self.bare):
             for question in inputs["questions"]:
                 policy = self._ground(question)
@@ -406,6 +407,7 @@ class CrossGranularityTrainer(VideoSFTTrainer):
         """Evaluate; overlaps and accuracy stand among the metrics."""
         self._sums["eval"].zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.seen.begin_pair()
         means = self._take_means("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output

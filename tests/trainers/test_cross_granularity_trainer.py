@@ -281,6 +281,24 @@ def test_evaluation_grounds_and_answers(tmp_path):
     )
 
 
+def test_evaluation_keeps_the_frames_of_a_batch_only(tmp_path):
+    model, processor = model_and_processor()
+    trainer = short_run(tmp_path, model, processor, per_device_eval_batch_size=1)
+    trainer.eval_dataset, kept = [question_row(i) for i in range(4)], []
+    step = trainer.prediction_step
+
+    def note(*args, **kwargs):
+        result = step(*args, **kwargs)
+        kept.append(len(trainer.seen.sources))
+        return result
+
+    trainer.prediction_step = note
+    with scripted(play_good, processor.tokenizer):
+        trainer.evaluate()
+    assert kept == [1] * 4
+    assert (len(trainer.seen.cache), len(trainer.seen.sources)) == (0, 0)
+
+
 @pytest.mark.parametrize(("stage", "granularity"), [(2, "coarse"), (3, "fine")])
 def test_supervised_stages_train_one_module(tmp_path, stage, granularity):
     model, processor = model_and_processor(adapters=stage == 3)
