@@ -180,6 +180,11 @@ class CrossGranularityTrainer(VideoSFTTrainer):
         self.bare.set_granularity(self.phase)
         self.bare.set_trainable(self.phase)
 
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """Let a part of an epoch end behind a pair of steps."""
+        *values, steps = super().set_initial_training_values(*args, **kwargs)
+        return *values, steps + steps % 2
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not has_length(rows):

@@ -299,6 +299,19 @@ def test_evaluation_keeps_the_frames_of_a_batch_only(tmp_path):
     assert (len(trainer.seen.cache), len(trainer.seen.sources)) == (0, 0)
 
 
+@pytest.mark.parametrize("epochs", [0.5, 1.5])
+def test_a_part_of_an_epoch_ends_behind_a_pair_of_steps(tmp_path, epochs):
+    model, processor = model_and_processor()
+    trainer = short_run(
+        tmp_path, model, processor, rows=[question_row(i) for i in range(3)], max_steps=-1, num_train_epochs=epochs,
+        gradient_accumulation_steps=1,
+    )  # fmt: skip
+    with scripted(play_good, processor.tokenizer):
+        trainer.train()
+    # three pairs are an epoch
+    assert trainer.state.global_step == trainer.state.max_steps == {0.5: 4, 1.5: 10}[epochs]
+
+
 @pytest.mark.parametrize(("stage", "granularity"), [(2, "coarse"), (3, "fine")])
 def test_supervised_stages_train_one_module(tmp_path, stage, granularity):
     model, processor = model_and_processor(adapters=stage == 3)
