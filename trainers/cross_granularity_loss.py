@@ -3,6 +3,7 @@
 Shape legend: B answers, K policies of a question, S positions of a sequence, V columns of the logits.
 """
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def choose_policies(
     """Pick the policy whose segment the fine module answers best from.
 
     Args:
-        scores: Loss of the fine module for each policy, lower is better.
+        scores: Loss of the fine module for each policy, lower is better; what is no number is worst.
         well_formed: Whether each policy could be read; one that could not wins only where none could.
         keys: What makes policies the same, for instance their segments; None where all differ.
 
@@ -79,7 +80,8 @@ def choose_policies(
     if not len(scores) or not len(scores) == len(well_formed) == len(keys):
         raise ValueError(f"{len(scores)} scores, {len(well_formed)} states and {len(keys)} keys were given.")
     allowed = [j for j, fine in enumerate(well_formed) if fine] or list(range(len(scores)))
-    winner = min(allowed, key=lambda j: scores[j])
+    # No number compares as less than NaN, so that the first one would stay.
+    winner = min(allowed, key=lambda j: math.inf if math.isnan(scores[j]) else scores[j])
     first = {key: j for j, key in reversed(list(enumerate(keys)))}
     losers = tuple(sorted(j for key, j in first.items() if key != keys[winner]))
     return Choice(winner, losers)

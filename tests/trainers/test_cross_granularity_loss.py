@@ -67,6 +67,11 @@ def test_winner_and_losers(scores, keys, readable, expected):
     assert algorithm_1_choice(scores, list(keys), readable) == (expected[0], list(expected[1]))
 
 
+@pytest.mark.parametrize("scores", [[math.nan, 1.0, 0.5], [1.0, math.nan, 0.5], [1.0, math.inf, 0.5]])
+def test_what_is_no_number_does_not_win(scores):
+    assert choose_policies(scores, well_formed=[True] * 3) == (2, (0, 1))
+
+
 def test_the_choice_is_that_of_the_algorithm():
     dice = random.Random(0)
     for _ in range(200):
