@@ -13,7 +13,7 @@ from longvideo.processing.crossvllm.segment_times import format_time, parse_time
 
 COARSE_KEYS = (("t_start", "start"), ("t_end", "end"), ("answer",))
 FINE_KEYS = (("reflection",), ("answer",))
-NO_REFLECTION = frozenset({"", "none", "null", "n/a", "no"})
+NO_REFLECTION = frozenset({"", "none", "null", "n/a", "no", "false"})
 
 OVERVIEW = (
     "You are the overview module of a video assistant. You watch the complete video with little detail per frame, so "
@@ -266,7 +266,7 @@ def parse_fine(text: str) -> FinePolicy:
     if state == "none":
         plain = strip_fences(text)
         return FinePolicy(answer=plain, state="prose" if plain else "none")
-    reflection = as_text(found.get("reflection"))
+    reflection = as_text(found.get("reflection") or "")
     is_empty = reflection.lower().rstrip(".! ") in NO_REFLECTION
     return FinePolicy("" if is_empty else reflection, as_text(found.get("answer")), state)
 

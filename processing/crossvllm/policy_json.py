@@ -39,13 +39,14 @@ def find_object(text: str, keys: Sequence[Sequence[str]]) -> tuple[dict[str, Any
     Returns:
         The values by their first names, and how they were found: "json", "tolerant", "keys", or "none" with no values.
     """
-    text = strip_fences(text)
-    for piece in balanced_objects(text):
+    plain = strip_fences(text)
+    # As written first: marks of code blocks may be part of an answer.
+    for piece in (piece for form in dict.fromkeys((text, plain)) for piece in balanced_objects(form)):
         value, state = read_json(piece)
         found = pick_keys(value, keys) if isinstance(value, Mapping) else {}
         if found:
             return found, state
-    found = {names[0]: value for names in keys for value in [value_of_key(text, names)] if value is not None}
+    found = {names[0]: value for names in keys for value in [value_of_key(plain, names)] if value is not None}
     return (found, "keys") if found else ({}, "none")
 
 
