@@ -77,7 +77,7 @@ class SeenVideos:
         Raises:
             ValueError: The video cannot be read, or stands under an address.
         """
-        key = source_key(question.video)
+        key = source_key(question.video, question.metadata)
         if key not in self.sources:
             if is_remote(question.video):
                 raise ValueError(

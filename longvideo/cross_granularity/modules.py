@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from longvideo.cross_granularity.kept_prompts import KeptPrompt, can_keep
-from longvideo.cross_granularity.trace import ModuleCall
+from longvideo.cross_granularity.trace import ModuleCall, VideoQuestion
 from longvideo.pipelines import accounting, grounding
 from longvideo.pipelines.encoding import SharedVideo
 from longvideo.processing.crossvllm.source_frames import SourceFrames, cut_of, source_key
@@ -58,16 +58,16 @@ class PipelineModule:
     def _ask(self, call: ModuleCall) -> str:
         row: dict[str, Any] = {"messages": self._messages(call)}
         if call.segment is None:
-            row["shared"] = self._share(call.source.video)
+            row["shared"] = self._share(call.source)
         return self.pipe(row, **self.options)["answer"]
 
     def _messages(self, call: ModuleCall) -> list[dict[str, Any]]:
         return messages_of(call, self.pipe.processor)
 
-    def _share(self, video: Any) -> SharedVideo:
-        key = source_key(video)
+    def _share(self, source: VideoQuestion) -> SharedVideo:
+        key = source_key(source.video, source.metadata)
         # The video is kept with its features: the name of one in memory is its address.
-        kept = self.shared.pop(key, None) or (video, SharedVideo())
+        kept = self.shared.pop(key, None) or (source.video, SharedVideo())
         self.shared[key] = kept
         while len(self.shared) > KEPT_VIDEOS:
             self.shared.popitem(last=False)
@@ -135,6 +135,7 @@ class GranularityModule:
         """
         for call in calls:
             check_placeholders(self.pipe.processor, call.source.question)
+        self.frames.make_room([call.source for call in calls])
         with fewer_frames_allowed():
             return [text for part in parts_of(calls, self.batch_size) for text in self._ask_together(part)]
 
@@ -168,6 +169,9 @@ class GranularityModule:
 class SeenFrames:
     """The tower's features of frames, for both granularities and all rounds.
 
+    Those of all videos that are asked about together are kept, and beside them those of the last ones before, up to
+    `KEPT_VIDEOS` videos in all.
+
     Args:
         pipe: Video question answering pipeline of a CrossVLLM.
         cache: Features by source and frame index; the model's kind.
@@ -192,10 +196,10 @@ class SeenFrames:
         Returns:
             (F, P, E) patch features.
         """
-        processor, key = self.pipe.processor.video_processor, source_key(call.source.video)
-        if key not in self.sources:
-            self.sources[key] = SourceFrames(call.source.video, call.source.metadata)
-        source = self.sources[key]
+        processor, key = self.pipe.processor.video_processor, source_key(call.source.video, call.source.metadata)
+        # The last one stands last.
+        source = self.sources.pop(key, None) or SourceFrames(call.source.video, call.source.metadata)
+        self.sources[key] = source
         indices = source.choose(processor, call.segment, **wishes)
         new = self.cache.missing(key, indices)
         for pixels in source.read_parts(processor, new):
@@ -205,13 +209,24 @@ class SeenFrames:
             self.num_decoded += len(part)
         return self.cache.gather(key, indices)
 
-    def forget(self, videos: Sequence[Any] = ()) -> None:
+    def make_room(self, questions: Sequence[VideoQuestion]) -> None:
+        """Drop what is known of videos that were asked about longest ago.
+
+        Args:
+            questions: Those that are asked next; what is known of their videos is kept.
+        """
+        self.forget(questions, others=KEPT_VIDEOS)
+
+    def forget(self, questions: Sequence[VideoQuestion] = (), *, others: int = 0) -> None:
         """Drop features and facts before other videos are asked about.
 
         Args:
-            videos: Those that are asked about next; what is known of them is kept.
+            questions: Those that are asked next; what is known of their videos is kept.
+            others: Videos of which the last ones are kept beside, less those of the questions.
         """
-        for key in set(self.sources) - {source_key(video) for video in videos}:
+        named = {source_key(question.video, question.metadata) for question in questions}
+        old = [key for key in self.sources if key not in named]
+        for key in old[: max(len(old) - max(others - len(named), 0), 0)]:
             del self.sources[key]
             self.cache.clear(key)
 

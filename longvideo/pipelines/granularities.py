@@ -174,7 +174,7 @@ class Call:
                 if isinstance(video, str) and video not in local:
                     local[video] = stack.enter_context(local_copy(video))
             samples = [self._sample(row, local) for row in rows]
-            self.frames.forget([sample.video for sample in samples])
+            self.frames.forget(samples)
             answers = self.controller(samples)
         seconds = (time.perf_counter() - begin) / len(rows)
         timings = {"timings": {"total": seconds}} if self.with_timings else {}

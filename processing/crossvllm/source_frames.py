@@ -10,7 +10,7 @@ import torch
 
 from longvideo.processing.shared import video_io
 from longvideo.processing.shared.video_inputs import channels_first, describe_array, flatten_videos, to_metadata
-from longvideo.processing.shared.video_sources import downloaded, is_remote
+from longvideo.processing.shared.video_sources import downloaded, is_remote, local_path
 
 READ_FRAMES = 32
 
@@ -71,7 +71,7 @@ class SourceFrames:
 
     Attributes:
         video: The video.
-        key: Name of the video, equal for equal sources.
+        key: Name of the video and its state, equal for equal sources.
         duration: Seconds.
 
     Raises:
@@ -81,7 +81,7 @@ class SourceFrames:
 
     def __init__(self, video: Any, metadata: Any = None) -> None:
         self.video, self.frames_FCHW, self.info = video, None, None
-        self.key = source_key(video)
+        self.key = source_key(video, metadata)
         if in_memory(video):
             self.frames_FCHW = channels_first(flatten_videos([video])[0])
             known = None if metadata is None else to_metadata(metadata)
@@ -163,18 +163,43 @@ class SourceFrames:
             yield read["pixel_values_videos"][0]
 
 
-def source_key(video: Any) -> str:
-    """Name a video.
+def source_key(video: Any, metadata: Any = None) -> str:
+    """Name a video as it is now.
 
     Args:
         video: Any form of a video.
+        metadata: What is known of decoded frames.
 
     Returns:
-        Its path or address; for frames in memory a name that holds while the object lives.
+        Its path with the state of its files, which changes when they are written again, or its address; for frames in
+        memory a name that holds while the object lives, with their rate and duration.
     """
     if in_memory(video):
-        return f"memory:{id(video)}"
-    return fspath(video) if isinstance(video, str | PathLike) else "\n".join(map(fspath, video))
+        known = None if metadata is None else to_metadata(metadata)
+        return f"memory:{id(video)}:{known and known.fps}:{known and known.duration}"
+    if is_remote(video):
+        return fspath(video)
+    entries = [video] if isinstance(video, str | PathLike) else video
+    return "\n".join(f"{fspath(entry)}:{file_state(entry)}" for entry in entries)
+
+
+def file_state(source: str | PathLike) -> str:
+    """Say in which state a file is, without reading it.
+
+    Args:
+        source: File or folder, or its file:// address.
+
+    Returns:
+        Bytes and time of the last change; of a folder those of what is in it too. Empty where there is nothing.
+    """
+    try:
+        path = local_path(source)
+        facts = path.stat()
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+    except OSError:
+        return ""
+    own = f"{facts.st_size}:{facts.st_mtime_ns}"
+    return "|".join([own, *(f"{entry.name}:{file_state(entry)}" for entry in inside if entry.is_file())])
 
 
 def cut_of(segment: tuple[float, float] | None, duration: float) -> tuple[float | None, float | None]:

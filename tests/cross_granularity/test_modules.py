@@ -110,6 +110,54 @@ def test_a_whole_video_is_encoded_once_for_all_rounds(flash, clip, monkeypatch) 
     assert module([call(clip)]) == first[:1] and len(seen) == 1
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_video_that_was_written_again_is_another_one(flash, cross, tmp_path, kind) -> None:
+    from PIL import Image
+
+    video, shared = tmp_path / ("a.mp4" if kind == "file" else "a"), []
+    frames, whole = granularity_modules(cross)[0].frames, PipelineModule(flash)
+    for first in (0, 40):
+        pictures = [numbered_frame(first + index, (96, 64)) for index in range(8)]
+        if kind == "file":
+            make_video(video, num_frames=8, fps=8, size=(96, 64), frames=pictures)
+        else:
+            video.mkdir(exist_ok=True)
+            for index, picture in enumerate(pictures):
+                Image.fromarray(picture).save(video / f"{index}.png")
+        asked = ModuleCall("coarse", VideoQuestion(str(video), "What?", 1.0), "What?")
+        seen = frames.look(asked, {"granularity": "coarse"})
+        fresh = granularity_modules(cross)[0].frames.look(asked, {"granularity": "coarse"})
+        assert torch.equal(seen, fresh)
+        shared.append(whole._share(asked.source))
+    assert shared[0] is not shared[1]
+    assert whole._share(asked.source) is shared[1]
+
+
+def test_frames_in_memory_with_another_rate_are_another_video(cross) -> None:
+    video, frames = np.zeros((12, 48, 48, 3), dtype=np.uint8), granularity_modules(cross)[0].frames
+    for rate in (1.0, 4.0):
+        question = VideoQuestion(video, "What?", 12 / rate, metadata={"fps": rate})
+        frames.look(ModuleCall("coarse", question, "What?"), {"granularity": "coarse"})
+        assert list(frames.sources.values())[-1].duration == 12 / rate
+
+
+def test_frames_of_the_last_videos_are_kept(cross) -> None:
+    coarse, fine = granularity_modules(cross, coarse_options={"max_new_tokens": 1}, fine_options={"max_new_tokens": 1})
+    clips = [np.full((2, 48, 48, 3), number, dtype=np.uint8) for number in range(7)]
+    asked = [ModuleCall("coarse", VideoQuestion(x, "What?", 2.0, metadata={"fps": 1.0}), "What?") for x in clips]
+    for entry in asked:
+        coarse([entry])
+    assert len(coarse.frames.sources) == modules.KEPT_VIDEOS and coarse.frames.num_decoded == 14
+    assert len(coarse.frames.cache) == 2 * modules.KEPT_VIDEOS
+    fine([asked[3]])  # the first of the last four
+    assert coarse.frames.num_decoded == 14 and len(coarse.frames.sources) == modules.KEPT_VIDEOS
+    # Those that are asked about together are all kept, whatever their number.
+    coarse(asked)
+    before = coarse.frames.num_decoded
+    fine(asked)
+    assert coarse.frames.num_decoded == before and len(coarse.frames.sources) == 7
+
+
 def test_fewer_frames_than_asked_for_are_no_warning(flash, cross, clip, recwarn) -> None:
     PipelineModule(flash, max_new_tokens=1, num_frames=64)([call(clip, (2.0, 3.0))])
     granularity_modules(cross, fine_options={"max_new_tokens": 1, "num_frames": 64})[1]([call(clip, (2.0, 3.0))])
