@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from longvideo.cross_granularity.controller import CrossGranularityController
 from longvideo.cross_granularity.modules import PipelineModule, granularity_modules, has_granularities
 from longvideo.cross_granularity.rules import ControllerRules
@@ -34,7 +36,8 @@ def make_controller(
         The controller.
 
     Raises:
-        ValueError: One model is given that has no granularities, or options come with a callable.
+        ValueError: One model is given that has no granularities, a model without its processor, or options come with a
+            callable.
     """
     given = {"coarse": coarse_options or {}, "fine": fine_options or {}}
     first = load_pipe(coarse, load_options)
@@ -62,7 +65,15 @@ def load_pipe(model: Any, load_options: Mapping[str, Any]) -> Any:
 
     Returns:
         A pipeline or the callable.
+
+    Raises:
+        ValueError: A model came without its processor.
     """
+    if isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"A {type(model).__name__} came without its processor. Pass "
+            "pipeline('video-question-answering', model=model, processor=processor), or the folder of both."
+        )
     return model if callable(model) else load_pipeline(model, **load_options)
 
 

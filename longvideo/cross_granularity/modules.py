@@ -35,6 +35,7 @@ class PipelineModule:
 
     def __init__(self, pipe: Any, *, batch_size: int = 1, **options: Any) -> None:
         check_batch_size(batch_size)
+        check_one_text(options)
         check_pair(pipe)
         self.pipe, self.batch_size, self.options = pipe, batch_size, options
         self.shared: OrderedDict[str, tuple[Any, SharedVideo]] = OrderedDict()
@@ -116,6 +117,7 @@ class GranularityModule:
         self, pipe: Any, granularity: str, frames: "SeenFrames", *, batch_size: int = BATCH_SIZE, **options: Any
     ) -> None:
         check_batch_size(batch_size)
+        check_one_text(options)
         check_pair(pipe)
         self.pipe, self.granularity, self.frames, self.batch_size = pipe, granularity, frames, batch_size
         preprocess, forward, _ = pipe._sanitize_parameters(**options)
@@ -350,6 +352,23 @@ def check_batch_size(batch_size: int) -> None:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+
+
+def check_one_text(options: Mapping[str, Any]) -> None:
+    """Check that a module is to write one text for each call.
+
+    Args:
+        options: Arguments of every call.
+
+    Raises:
+        ValueError: Several are asked for.
+    """
+    wanted = {**(options.get("generate_kwargs") or {}), **options}.get("num_return_sequences")
+    if wanted not in (None, 1):
+        raise ValueError(
+            f"num_return_sequences={wanted!r}, but overview and detail module hand each other one text. Leave it out; "
+            "a single look (granularity='coarse' or 'fine') may give several."
+        )
 
 
 def generate_texts(

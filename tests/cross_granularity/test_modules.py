@@ -290,6 +290,12 @@ def test_a_processor_of_another_model_is_refused(cross) -> None:
 def test_wrong_input(flash, cross, clip, tmp_path) -> None:
     with pytest.raises(ValueError, match="has no granularities"):
         make_controller(flash)
+    with pytest.raises(ValueError, match="came without its processor"):
+        make_controller(cross.model)
+    for make in (PipelineModule, lambda pipe, **options: granularity_modules(pipe, coarse_options=options)):
+        for options in ({"num_return_sequences": 2}, {"generate_kwargs": {"num_return_sequences": 2}}):
+            with pytest.raises(ValueError, match="num_return_sequences=2, but overview and detail"):
+                make(cross, **options)
     with pytest.raises(ValueError, match="callable of yours"):
         make_controller(ground, ground, coarse_options={"num_frames": 3})
     with pytest.raises(ValueError, match="at least 1"):
