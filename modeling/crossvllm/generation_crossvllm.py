@@ -113,6 +113,8 @@ class CrossVLLMGenerationMixin(GenerationMixin):
         if inputs is not None:
             kwargs["input_ids"] = inputs
         visual = {name: kwargs.pop(name, None) for name in VISUAL_INPUTS}
+        # An assistant gets an empty one: the prompt's embeddings hold the features already.
+        visual["mm_encoder_outputs"] = visual["mm_encoder_outputs"] or None
         visual["vision_features"] = self.use_encoded_video(
             encoded_video, visual["vision_features"], visual["pixel_values_videos"]
         )

@@ -196,6 +196,22 @@ def test_beams_of_a_batch_equal_beams_of_singles(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["itself", "crossvllm", "decoder", "lookup"])
+@BOTH
+def test_assisted_decoding_gives_what_plain_decoding_gives(model, granularity, kind):
+    row = prompt(5, "video3", 2, "image", 4, granularity=granularity)
+    options = {**GREEDY, "max_new_tokens": 9, "granularity": granularity}
+    wanted = model.generate(**row, **options)
+    assistants = {
+        "itself": lambda: {"assistant_model": model},
+        "crossvllm": lambda: {"assistant_model": tiny_crossvllm_model(seed=5)},
+        "decoder": lambda: {"assistant_model": AutoModelForCausalLM.from_config(model.config.text_config).eval()},
+        "lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    }
+    assert torch.equal(model.generate(**row, **options, **assistants[kind]()), wanted)
+
+
+@torch.no_grad()
 def test_a_second_turn_with_a_new_video_goes_on_from_the_cache(model):
     first, second = prompt(2, "video2", 3, seed=1), prompt(2, "video1", 3, seed=2)
     cache = DynamicCache(config=model.model.language_model.config)
