@@ -1,8 +1,9 @@
 """Coordinates written in a text: what they look like, their values, and their places among the token ids.
 
 A coordinate is a template token with its value, `<TEMP-INPUT0.300>` or `<WIDTH-OUTPUT0.512>`, or its short form
-`<t0.3>`, `<w0.5>`, `<h1>`. INPUT is for questions, OUTPUT for answers that are taught. The model reads the template
-token and, beside it, the value. `<TEMP-030>` is an entry of the vocabulary and stays as it is.
+`<t0.3>`, `<w0.5>`, `<h1.0>`. INPUT is for questions, OUTPUT for answers that are taught. The model reads the template
+token and, beside it, the value. `<TEMP-030>` is an entry of the vocabulary and stays as it is, and so do the headings
+`<h1>` to `<h6>` of HTML; `<h1>` is a height only at the end of a box or point, as in `[<w0.5>,<h1>]`.
 """
 
 import math
@@ -15,9 +16,11 @@ from longvideo.processing.shared.processor_calls import UNMARKED
 
 SHORT_AXES = {"t": "TEMP", "h": "HEIGHT", "w": "WIDTH"}
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
-COORDINATE = re.compile(
-    f"{UNMARKED}(?:<(?P<axis>TEMP|HEIGHT|WIDTH)-(?P<way>INPUT|OUTPUT)(?P<value>[^<>]*)>|<(?P<short>[twh])(?P<number>{NUMBER})>)"
-)
+_TEMPLATE = "<(?P<axis>TEMP|HEIGHT|WIDTH)-(?P<way>INPUT|OUTPUT)(?P<value>[^<>]*)>"
+# Headings of HTML are none, except where `<h1>` closes what a width began.
+_NO_HEADING = r"(?:(?!<h[1-6]>)|(?=<h1> ?\])(?:(?<=[\d.]>)|(?<=[\d.]>,)|(?<=[\d.]> )|(?<=[\d.]>, )))"
+_SHORT_FORM = f"{_NO_HEADING}<(?P<short>[twh])(?P<number>{NUMBER})>"
+COORDINATE = re.compile(f"{UNMARKED}(?:{_TEMPLATE}|{_SHORT_FORM})")
 # The demo of the release rounds what users type to so many digits.
 DIGITS = 3
 # Names of the value lists in the release's data.

@@ -2,6 +2,7 @@
 
 A coordinate is a template token with its value, `<TEMP-INPUT0.300>` in a question and `<WIDTH-OUTPUT0.512>` in an
 answer. LLaVA lists keep the values in `variables`, ST-Align has names and frames or pixels, ms-swift `<bbox>`.
+Short forms (`<t0.3>`) are for questions that people type: in rows they are text like any other.
 """
 
 import re
@@ -14,13 +15,13 @@ from longvideo.processing.llava_st.coordinate_text_llava_st import (
     find_coordinates,
     format_coordinate,
     read_coordinate,
-    write_short_forms,
 )
 from longvideo.processing.llava_st.tasks_llava_st import PHRASES
 
 WAYS = {"user": "INPUT", "system": "INPUT", "assistant": "OUTPUT"}
 VARIABLES = tuple(f"{axis}_{way}_locations" for axis in LISTS.values() for way in ("input", "output"))
-# Frames that the original looks at, evenly from the first to the last of a split; tubes are taught at these.
+# Frames that the original looks at, evenly from the first to the last of a split; tubes are taught at these. An entry
+# made for a model that looks at others says so in `meta.num_frames`.
 SAMPLED_FRAMES = 100
 _BOX_AXES = ("WIDTH", "HEIGHT", "WIDTH", "HEIGHT")
 _SPAN_NAMES = "From <s> to <e>"
@@ -49,8 +50,8 @@ def inline_variables(turns: Sequence[tuple[str, str]], variables: Mapping[str, A
     left = {name: list(values or []) for name, values in variables.items()}
 
     def write(match: re.Match) -> str:
-        found = read_coordinate(match)
-        if found.value is not None:
+        found = read_coordinate(match) if match["axis"] else None
+        if found is None or found.value is not None:
             return match[0]
         if not left.get(found.list_name):
             raise ValueError(f"the texts have more {found.token} than variables['{found.list_name}'] has values")
@@ -79,6 +80,8 @@ def extract_variables(turns: Sequence[tuple[str, str]]) -> tuple[list[tuple[str,
 
     def take(match: re.Match) -> str:
         nonlocal is_empty
+        if not match["axis"]:
+            return match[0]
         is_empty = False
         found = read_coordinate(match)
         if found.value is None:
@@ -86,7 +89,7 @@ def extract_variables(turns: Sequence[tuple[str, str]]) -> tuple[list[tuple[str,
         variables[found.list_name].append(found.value)
         return found.token
 
-    bare = [(role, COORDINATE.sub(take, write_short_forms(text, WAYS[role]))) for role, text in turns]
+    bare = [(role, COORDINATE.sub(take, text)) for role, text in turns]
     return (list(turns), None) if is_empty else (bare, variables)
 
 
@@ -94,9 +97,10 @@ def as_numbers(text: str) -> str:
     """Write coordinates as plain fractions, for models without coordinate tokens; neighbours get a comma between."""
     pieces, last = [], 0
     for match in COORDINATE.finditer(text):
-        pieces += [", " if last and last == match.start() else text[last : match.start()]]
-        pieces += [match["value"] or match["number"] or match[0]]
-        last = match.end()
+        if match["axis"]:
+            pieces += [", " if last and last == match.start() else text[last : match.start()]]
+            pieces += [match["value"] or match[0]]
+            last = match.end()
     return "".join([*pieces, text[last:]])
 
 
@@ -106,7 +110,8 @@ def fill_names(role: str, text: str, meta: Mapping[str, Any]) -> str:
     Args:
         role: Who says it.
         text: Text with names such as `<s>`, `<e>`, `<bboxes>`.
-        meta: `split`, `width` and `height` in pixels, `spatial_token`, `time_token`.
+        meta: `split`, `width` and `height` in pixels, `spatial_token`, `time_token`, and `num_frames` where the model
+            does not look at 100.
 
     Returns:
         The text with template tokens and values.
@@ -140,12 +145,31 @@ def _fraction(frame: float, first: int, last: int) -> float:
     return min(max((float(frame) - first) / (last - first), 0.0), 1.0) if last > first else 0.0
 
 
+def num_sampled_frames(meta: Mapping[str, Any]) -> int:
+    """Say how many frames of an ST-Align entry the model looks at."""
+    return int(meta.get("num_frames") or SAMPLED_FRAMES)
+
+
+def has_unseen_boxes(meta: Mapping[str, Any]) -> bool:
+    """Say whether a tube of an ST-Align entry has boxes at frames that the model does not look at."""
+    sampled = _sampled_frames(meta)
+    tubes = [boxes for boxes in (meta.get("spatial_token") or {}).values() if isinstance(boxes, Mapping)]
+    return any(boxes[frame] is not None and int(frame) not in sampled for boxes in tubes for frame in boxes)
+
+
+def _sampled_frames(meta: Mapping[str, Any]) -> set[int]:
+    (first, last), count = meta["split"], num_sampled_frames(meta)
+    return {first + round(at / max(count - 1, 1) * (last - first)) for at in range(count)}
+
+
 def _write_tube(boxes: Mapping[str, Any], meta: Mapping[str, Any], way: str) -> str:
     first, last = meta["split"]
-    sampled = {first + round(at / (SAMPLED_FRAMES - 1) * (last - first)) for at in range(SAMPLED_FRAMES)}
+    sampled = _sampled_frames(meta)
     frames = sorted(int(frame) for frame in boxes if boxes[frame] is not None and int(frame) in sampled)
     if not frames:
-        raise ValueError(f"no box of its tube lies at one of the {SAMPLED_FRAMES} sampled frames of {[first, last]}")
+        raise ValueError(
+            f"no box of its tube lies at one of the {num_sampled_frames(meta)} sampled frames of {[first, last]}"
+        )
     return " ".join(
         f"{format_coordinate('TEMP', _fraction(frame, first, last), way)}:{_write_box(boxes[str(frame)], meta, way)}"
         for frame in frames
