@@ -1,4 +1,4 @@
-"""`longvideo data check FILE` and `longvideo data convert A B --to FORMAT`: training rows of five formats."""
+"""`longvideo data check FILE` and `longvideo data convert A B [--to FORMAT]`: training rows of five formats."""
 
 import argparse
 import json
@@ -28,7 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     convert = actions.add_parser("convert", help="write the rows of a file in another format")
     convert.add_argument("file", metavar="A", help="file to read")
     convert.add_argument("target", metavar="B", help="file to write, .json or .jsonl")
-    convert.add_argument("--to", choices=FORMATS, required=True, help="format of B")
+    convert.add_argument("--to", choices=FORMATS, help="format of B (default: that of the rows that B holds already, "
+                         "where they can be of one alone)")  # fmt: skip
     convert.add_argument(
         "--on-error", choices=["skip", "raise"], default="skip", help="leave bad rows out, or write nothing"
     )
@@ -74,16 +75,18 @@ def check(args: argparse.Namespace) -> int:
 def convert(args: argparse.Namespace) -> int:
     """Convert a file; see `run`."""
     from longvideo.trainers.data import convert_file
+    from longvideo.trainers.data.conversion import format_of_target
 
+    to = args.to or format_of_target(args.target)
     report = convert_file(
         args.file,
         args.target,
-        to=args.to,
+        to=to,
         format=args.format,
         media_root=args.media_root,
         on_error=args.on_error,
     )
-    print(f"{args.target}: {args.to}, from {', '.join(sorted(set(report.formats.values())))}")
+    print(f"{args.target}: {to}, from {', '.join(sorted(set(report.formats.values())))}")
     print(report.summary(most=args.most))
     for what, count in sorted(report.lost.items()):
         print(f"  left out: {what} ({count} rows)")

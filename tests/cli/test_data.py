@@ -86,6 +86,21 @@ def test_convert_reports_counts_and_what_is_left_out(folder: Path, capsys: pytes
     assert json.loads((folder / "back.json").read_text(encoding="utf-8"))[0] == GOOD
 
 
+def test_the_format_to_write_is_that_of_what_is_there(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(folder / "rows.json", [GOOD])
+    target = folder / "b.jsonl"
+    assert cli.main(["data", "convert", path, str(target)]) == 2
+    assert "it does not exist yet); name it with --to" in capsys.readouterr().err and not target.exists()
+    pair = {"messages": TURNS, "videos": ["a.mp4"], "rejected_response": "No."}
+    for rows, told in (([{"messages": TURNS}], "ms_swift, trl"), ([{"a": 1}], "rows of none")):
+        target.write_text(json.dumps(rows[0]) + "\n")
+        assert cli.main(["data", "convert", path, str(target)]) == 2
+        assert told in capsys.readouterr().err
+    target.write_text(json.dumps(pair) + "\n")
+    assert cli.main(["data", "convert", path, str(target)]) == 0
+    assert f"{target}: ms_swift, from llava" in capsys.readouterr().out
+
+
 def test_what_stops_the_command(folder: Path, capsys: pytest.CaptureFixture) -> None:
     path = write(folder / "rows.json", [GOOD, {**GOOD, "start": 1}])
     target = str(folder / "b.jsonl")

@@ -12,7 +12,19 @@ from longvideo.processing.llava_st.coordinate_text_llava_st import find_coordina
 from longvideo.trainers.data import FORMATS, BadRowError, convert_file, detect_format, read_row, write_row
 from longvideo.trainers.data.coordinates import as_numbers
 from longvideo.trainers.data.formats import possible_formats
-from tests.trainers.data_rows import ANSWER, CANNOT, QUESTION, ROWS, SPOKEN, TURNS, VARIANTS, ours, text
+from tests.trainers.data_rows import (
+    ANSWER,
+    CANNOT,
+    QUESTION,
+    REFUSED,
+    ROWS,
+    SPOKEN,
+    TURNS,
+    VARIANTS,
+    VIDEO,
+    ours,
+    text,
+)
 
 PAIRS = [(one, other) for one in FORMATS for other in FORMATS if one != other]
 
@@ -119,8 +131,21 @@ def test_values_with_more_digits_keep_them() -> None:
 
 
 def test_plain_fractions_for_models_without_coordinates() -> None:
-    words = "During {<TEMP-INPUT0.200>,<t0.4>} at [<WIDTH-OUTPUT0.100><HEIGHT-OUTPUT1>]"
+    words = "During {<TEMP-INPUT0.200>,<TEMP-INPUT0.4>} at [<WIDTH-OUTPUT0.100><HEIGHT-OUTPUT1>]"
     assert as_numbers(words) == "During {0.200,0.4} at [0.100, 1]"
+
+
+@pytest.mark.parametrize("words", ["<h1>Title</h1>", "</h1><h2>Part</h2>", "List<t1> of <w2>, at <t0.4>"])
+def test_short_forms_in_rows_are_text(words: str) -> None:
+    """They are for questions that people type; in rows they would eat what looks like them."""
+    assert as_numbers(words) == words
+    row = ours(VIDEO, text(words), answer=words)
+    for name in ("llava", "trl", "ms_swift", "sharegpt"):
+        written, _ = write_row(row, name)
+        assert read_row(written, name, suffix=".json" if name == "sharegpt" else "") == row, name
+    marked = ours(VIDEO, text(f"{words} <TEMP-INPUT0.500>"))
+    written, _ = write_row(marked, "llava")
+    assert written["variables"]["temporal_input_locations"] == [0.5] and read_row(written, "llava") == marked
 
 
 FILM = {"videos": ["a.mp4"]}
@@ -150,6 +175,15 @@ WRONG: list[tuple[str, Any, str]] = [
     ("trl", {"chosen": [TURNS[1]], "rejected": [TURNS[1]]}, "no messages|is empty"),
     ("trl", {"prompt": QUESTION, "chosen": "", "rejected": ANSWER}, "is empty"),
     ("ms_swift", {"messages": TURNS, **FILM, "label": False}, "judged bad"),
+    ("trl", {"prompt": QUESTION, "completion": ANSWER, "label": False}, "judged bad"),
+    ("trl", {"prompt": QUESTION, "completion": ANSWER, "label": 3}, "classification"),
+    ("trl", {"messages": [TURNS[1], *TURNS], **FILM}, "begins with what the assistant says"),
+    ("trl", {"prompt": TURNS, "chosen": ANSWER, "rejected": REFUSED, **FILM}, "prompt ends with what the assistant"),
+    ("trl", {"messages": [{"role": "user", "content": [{**VIDEO, "fps": 1, "nframes": 4}]}]}, "both fps and nframes"),
+    ("llava", {"video": "a.mp4", "conversations": [{"from": "gpt", "value": "Hi"}, *SPOKEN]}, "begins with what"),
+    ("sharegpt", {"conversations": SPOKEN, **FILM, "chosen": SPOKEN[1], "rejected": SPOKEN[1]}, "prompt ends with"),
+    ("ms_swift", {"messages": [TURNS[0], {**TURNS[1], "loss": False}], **FILM}, "loss false"),
+    ("ms_swift", {"messages": [{"role": "system", "content": "A"}, *TURNS], **FILM, "system": "B"}, "another system"),
     ("ms_swift", {"messages": TURNS, **FILM, "audios": ["a.wav"]}, "`audios`"),
     ("ms_swift", {"messages": TURNS, **FILM, "rejected_messages": TURNS, "rejected_videos": ["b.mp4"]}, "differ"),
     ("ms_swift", {"messages": TURNS, **FILM, "objects": {"bbox": [[0, 0, 1, 1]]}}, "0 <bbox> and objects has 1"),
@@ -163,6 +197,57 @@ WRONG: list[tuple[str, Any, str]] = [
 def test_rows_that_cannot_be_used_say_why(name: str, row: Any, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         read_row(row, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("ms_swift", {"messages": TURNS, **FILM}),
+        ("ms_swift", {"messages": TURNS, **FILM, "rejected_messages": [TURNS[0], {**TURNS[1], "content": REFUSED}]}),
+        ("trl", {"messages": TURNS, **FILM}),
+        ("trl", {"prompt": QUESTION, "completion": ANSWER}),
+        ("trl", {"prompt": QUESTION, "chosen": ANSWER, "rejected": REFUSED, **FILM}),
+        ("sharegpt", {"messages": TURNS, **FILM}),
+        ("llava", SPOKEN_ROW),
+    ],
+)
+def test_the_column_system_is_the_first_message(name: str, row: dict[str, Any]) -> None:
+    plain, read = read_row(row, name), read_row({**row, "system": "Be short."}, name)
+    kind = "messages" if "messages" in plain else "prompt"
+    system = {"role": "system", "content": [text("Be short.")]}
+    assert read == {**plain, kind: [system, *plain[kind]]}
+
+
+def test_two_answers_alike_share_their_question() -> None:
+    both = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    read = read_row({"chosen": both, "rejected": both}, "trl")
+    answer = [{"role": "assistant", "content": [text(ANSWER)]}]
+    assert (read["prompt"][0]["role"], read["chosen"], read["rejected"]) == ("user", answer, answer)
+
+
+def test_what_the_reference_says_is_kept() -> None:
+    said = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0}
+    row = read_row({"prompt": QUESTION, "chosen": ANSWER, "rejected": REFUSED, **said}, "trl")
+    assert said.items() <= row.items() and said.items() <= write_row(row, "trl")[0].items()
+    assert write_row(row, "ms_swift")[1] == ["column 'ref_chosen_logps'", "column 'ref_rejected_logps'"]
+
+
+def test_tubes_of_a_model_that_looks_at_other_frames() -> None:
+    """20 frames of a split of 201 are none of the 100 that the release looks at, but for the first and the last."""
+    entry = next(row for name, _, row, _ in VARIANTS if name == "st_align")
+    frames = [round(at / 19 * 200) for at in range(20)]
+    boxes = {str(frame): [0, 0, 64, 48] for frame in frames}
+    meta = {**entry["meta"], "split": [0, 200], "spatial_token": {"<bboxes>": boxes, "<region>": [0, 0, 9, 9]}}
+
+    def boxes_of(meta: dict[str, Any], **settings: Any) -> int:
+        answer = read_row({**entry, "meta": meta}, "st_align", settings=settings)["messages"][1]
+        return answer["content"][0]["text"].count("<WIDTH-OUTPUT") // 2
+
+    lost: list[str] = []
+    assert boxes_of(meta, lost=lost.extend) < 20 and "the 100 frames" in lost[0]
+    lost.clear()
+    assert boxes_of(meta, num_frames=20, lost=lost.extend) == boxes_of({**meta, "num_frames": 20}) == 20
+    assert lost == []
 
 
 def test_what_a_conversion_leaves_out_is_named(tmp_path: Path) -> None:

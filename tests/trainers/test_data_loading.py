@@ -205,6 +205,17 @@ def test_one_answer_and_two_answers_are_not_mixed(folder: Path) -> None:
     assert [(p.line, "other kind" in p.reason) for p in report.problems] == [(2, True)]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_the_reference_says_reaches_the_trainer(folder: Path, streaming: bool) -> None:
+    row = {"prompt": QUESTION, "chosen": ANSWER, "rejected": REFUSED}
+    said = {"ref_chosen_logps": -1.5, "ref_rejected_logps": -2.0}
+    rows, _ = load_video_rows(write(folder / "a.jsonl", [{**row, **said}, row]), streaming=streaming)
+    first, second = rows
+    assert said.items() <= first.items() and all(second[name] is None for name in said)
+    rows, _ = load_video_rows(write(folder / "b.jsonl", [row]), streaming=streaming)
+    assert not said.keys() & next(iter(rows)).keys()
+
+
 def test_media_that_lie_elsewhere(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "rows").mkdir()
     path = write(folder / "rows" / "a.json", [LLAVA])

@@ -1,7 +1,8 @@
 """Rows of our own form: messages made of blocks, their media, and the tags that stand for media in other formats.
 
 A row is `{"messages": [...]}` or, with a preferred and a refused answer, `{"prompt": [...], "chosen": [...],
-"rejected": [...]}`; `id` is optional, `meta` holds sizes that only some formats write. A message is `{"role":
+"rejected": [...]}`; `id` is optional, `meta` holds sizes that only some formats write, `ref_chosen_logps` and
+`ref_rejected_logps` go with a preference row. A message is `{"role":
 "system" | "user" | "assistant", "content": [blocks]}`. A block is `{"type": "text", "text"}`, or a video or an image
 with one source: `path` (file or folder of frame pictures), `url` (http(s) address or data URI), `video` (list of frame
 pictures), `image` (a loaded picture). A video may have `start` and `end` in seconds, or `split`, its first and last
@@ -40,6 +41,8 @@ SAME_KEYS = {"video_start": "start", "video_end": "end"}
 TAGS = {"<video>": "video", "<image>": "image"}
 _TAG = re.compile(r"<(?:video|image)>")
 MESSAGE_LISTS = ("messages", "prompt", "chosen", "rejected")
+# What a preference row may carry of the reference model, see `trainers.dpo_collator`.
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 def media_block(kind: str, source: Any) -> dict[str, Any]:
@@ -105,6 +108,9 @@ def media_from_block(block: Mapping[str, Any]) -> dict[str, Any]:
             source = f"data:image/png;base64,{source}"
         complete = media_block(kind, source)
     known = (*CUTS, *READING_OPTIONS) if kind == "video" else ()
+    counted = [key for key in ("nframes", "num_frames") if key in given]
+    if counted and "fps" in given:
+        raise ValueError(f"a video block has both fps and {counted[0]}; give one of them")
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ValueError(f"a {kind} block has the unknown keys {unknown}; expected a source and some of {known}")

@@ -1,5 +1,6 @@
 """Whole files: checked row by row, or turned from one format into another."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from longvideo.trainers.data.files import JSON_LINES, Record, Source, list_sources
-from longvideo.trainers.data.formats import check_format, unread_columns, write_row
-from longvideo.trainers.data.loading import RowReader
+from longvideo.trainers.data.formats import FORMATS, check_format, possible_formats, unread_columns, write_row
+from longvideo.trainers.data.loading import PROBED_ROWS, RowReader
 from longvideo.trainers.data.media import map_paths
 from longvideo.trainers.data.report import DataReport
 
@@ -98,6 +99,30 @@ def convert_file(
     return reader.report
 
 
+def format_of_target(path: str | PathLike[str]) -> str:
+    """Find the format of a file that is about to be written anew.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The only format that all of its first rows can be of.
+
+    Raises:
+        ValueError: There is no such file yet, or its rows do not decide; endings never do.
+    """
+    file = Path(path).expanduser()
+    found = set(FORMATS)
+    if file.is_file():
+        for source in list_sources(file):
+            for record in itertools.islice(source.records(), PROBED_ROWS):
+                found &= set(possible_formats(record.row, suffix=source.suffix))
+    if len(found) != 1:
+        why = ", ".join(sorted(found)) or "rows of none" if file.is_file() else "it does not exist yet"
+        raise ValueError(f"The format to write {file} in is not clear ({why}); name it with --to.")
+    return found.pop()
+
+
 def _converted(sources: list[Source], reader: RowReader, name: str, folder: Path) -> Iterator[dict[str, Any]]:
     for source in sources:
         for record, row in reader.rows(source):
@@ -109,7 +134,8 @@ def _converted(sources: list[Source], reader: RowReader, name: str, folder: Path
                 reader.reject(source, record.line, f"it cannot be written as {name}: {error}", error)
                 continue
             reader.report.lost.update(lost)
-            reader.report.lost.update(f"column {column!r}" for column in unread_columns(record.row))
+            unread = unread_columns(record.row, reader.format_of(source), settings=source.settings)
+            reader.report.lost.update(f"column {column!r}" for column in unread)
             yield written
 
 

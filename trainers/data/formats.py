@@ -13,8 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from longvideo.trainers.data.blocks import without_nones
-from longvideo.trainers.data.readers import read_llava, read_ms_swift, read_sharegpt, read_st_align, read_trl
+from longvideo.trainers.data.blocks import REFERENCE_COLUMNS, without_nones
+from longvideo.trainers.data.readers import (
+    SHAREGPT_COLUMNS,
+    read_llava,
+    read_ms_swift,
+    read_sharegpt,
+    read_st_align,
+    read_trl,
+)
 from longvideo.trainers.data.writers import write_llava, write_ms_swift, write_sharegpt, write_st_align, write_trl
 
 
@@ -33,10 +40,18 @@ FORMATS = {
     "ms_swift": Format(read_ms_swift, write_ms_swift, ".jsonl"),
     "sharegpt": Format(read_sharegpt, write_sharegpt, ".json"),
 }
-# Columns that every format may have and whose loss changes nothing.
-_KNOWN = {"id", "messages", "conversations", "prompt", "completion", "chosen", "rejected", "video", "videos"}
-_KNOWN |= {"image", "images", "start", "end", "system", "variables", "meta", "video_path", "rejected_response"}
-_KNOWN |= {"objects", "rejected_messages", "rejected_videos", "rejected_images", "label", "kto_tag"}
+_MEDIA = {"video", "videos", "image", "images", "start", "end"}
+# Columns that the readers know, by format.
+_KNOWN = {
+    "llava": {"id", "conversations", "video", "image", "start", "end", "system", "variables", "meta"},
+    "st_align": {"id", "conversations", "video_path", "meta"},
+    "trl": _MEDIA
+    | {"id", "messages", "prompt", "completion", "chosen", "rejected", "system", "label", "meta", *REFERENCE_COLUMNS},
+    "ms_swift": _MEDIA
+    | {"id", "messages", "objects", "system", "label"}
+    | {"rejected_response", "rejected_messages", "rejected_videos", "rejected_images"},
+    "sharegpt": {"id", "messages", "start", "end", *SHAREGPT_COLUMNS.values()},
+}
 _SWIFT_MARKS = ("rejected_response", "rejected_messages", "rejected_videos", "rejected_images", "objects", "label")
 
 
@@ -130,7 +145,7 @@ def read_row(row: Any, name: str, *, settings: Mapping[str, Any] | None = None, 
         row: The row.
         name: Its format.
         settings: What the file says about its rows: `columns` and `tags` (sharegpt), and `root`, the function that
-            finds relative paths (boxes in pixels need the size of their medium).
+            finds relative paths (boxes in pixels need the size of their medium), `num_frames` and `lost` (st_align).
         suffix: Ending of the file.
 
     Returns:
@@ -171,6 +186,16 @@ def write_row(row: Mapping[str, Any], name: str) -> tuple[dict[str, Any], list[s
     return FORMATS[name].write(row)
 
 
-def unread_columns(row: Mapping[str, Any]) -> list[str]:
-    """List the columns of a row that no format reads."""
-    return sorted(key for key, value in row.items() if key not in _KNOWN and value is not None)
+def unread_columns(row: Mapping[str, Any], name: str, *, settings: Mapping[str, Any] | None = None) -> list[str]:
+    """List the columns of a row that the reader of its format leaves alone.
+
+    Args:
+        row: The row as it stands in a file.
+        name: Its format.
+        settings: What the file says about its rows, as for `read_row`.
+
+    Returns:
+        Their names.
+    """
+    known = _KNOWN[name] | set(((settings or {}).get("columns") or {}).values())
+    return sorted(key for key, value in row.items() if key not in known and value is not None)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from longvideo.trainers.data.blocks import MESSAGE_LISTS
+from longvideo.trainers.data.blocks import MESSAGE_LISTS, REFERENCE_COLUMNS
 from longvideo.trainers.data.coordinates import as_numbers
 from longvideo.trainers.data.files import Record, Source, import_datasets, list_sources
 from longvideo.trainers.data.formats import FORMATS, check_format, detect_format, read_row
@@ -35,6 +35,7 @@ class RowReader:
         on_error: "skip" or "raise".
         media: "none", "exists" or "decodes".
         coordinates: "tokens" or "numbers".
+        num_frames: Frames that the model looks at of a video with `split`; None for what the rows say.
         report: Where counts and problems go.
 
     Raises:
@@ -49,17 +50,21 @@ class RowReader:
         on_error: str = "skip",
         media: str = "exists",
         coordinates: str = "tokens",
+        num_frames: int | None = None,
         report: DataReport | None = None,
     ) -> None:
         for name, value, known in (("on_error", on_error, ON_ERROR), ("coordinates", coordinates, COORDINATES)):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; use one of {known}.")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames={num_frames} must be at least 1, or None for what the rows say.")
         check_row_media({}, media)
         self.format = None if format is None else check_format(format)
         self.media_root = None if media_root is None else Path(media_root).expanduser()
         if self.media_root is not None and not self.media_root.is_dir():
             raise FileNotFoundError(f"No such folder: media_root={self.media_root}.")
         self.on_error, self.media, self.coordinates = on_error, media, coordinates
+        self.num_frames = num_frames
         self.report = DataReport() if report is None else report
         self.kind: str | None = None
         self.num_remote = 0
@@ -112,7 +117,7 @@ class RowReader:
             BadRowError: A bad row, with `on_error="raise"`.
         """
         name, find = self.format_of(source), self.finder(source)
-        settings = {**source.settings, "root": find}
+        settings = {**source.settings, "root": find, "num_frames": self.num_frames, "lost": self.report.lost.update}
         self.report.begin(source.name)
         for record in source.records():
             try:
@@ -187,14 +192,15 @@ def without_coordinates(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def features_of(kind: str) -> Any:
+def features_of(kind: str, *, has_references: bool = False) -> Any:
     """List the columns of the datasets.
 
     Args:
         kind: "messages" or "pairs".
+        has_references: Whether pairs come with what the reference model makes of them.
 
     Returns:
-        `datasets.Features`: `id` and the message lists; keys that a block does not have are None.
+        `datasets.Features`: `id`, the message lists and `REFERENCE_COLUMNS`; keys that a block does not have are None.
     """
     datasets = import_datasets()
     value = datasets.Value
@@ -210,7 +216,8 @@ def features_of(kind: str) -> Any:
     }
     messages = [{"role": value("string"), "content": [block]}]
     names = ("messages",) if kind == "messages" else ("prompt", "chosen", "rejected")
-    return datasets.Features({"id": value("string"), **dict.fromkeys(names, messages)})
+    references = dict.fromkeys(REFERENCE_COLUMNS if has_references else (), value("float64"))
+    return datasets.Features({"id": value("string"), **dict.fromkeys(names, messages), **references})
 
 
 def load_video_rows(
@@ -222,6 +229,7 @@ def load_video_rows(
     streaming: bool = False,
     check_media: bool = True,
     coordinates: str = "tokens",
+    num_frames: int | None = None,
 ) -> tuple[Any, DataReport]:
     """Load rows of LLaVA, ST-Align, TRL, ms-swift or LLaMA-Factory (sharegpt) for the trainers.
 
@@ -237,10 +245,14 @@ def load_video_rows(
         check_media: Whether files and folders of media must exist (they are not opened; addresses are not asked).
         coordinates: "tokens" keeps times and places as LLaVA-ST reads them (`<TEMP-INPUT0.300>`); "numbers" writes
             plain fractions and turns `split` (frames) into `start` and `end` (seconds), for all other models.
+        num_frames: Frames that the model looks at of the videos of ST-Align; tubes are taught at these. None for what
+            the entries say (`meta.num_frames`), else 100. Boxes at other frames are left out and stand in
+            `report.lost`.
 
     Returns:
-        `datasets.Dataset` (or `IterableDataset`) with `id` and `messages`, or `prompt`, `chosen` and `rejected`; and
-        the report. A row without an id is called by its file and line.
+        `datasets.Dataset` (or `IterableDataset`) with `id` and `messages`, or `prompt`, `chosen` and `rejected` (and
+        `ref_chosen_logps` and `ref_rejected_logps`, when the first row has them); and the report. A row without an id
+        is called by its file and line.
 
     Raises:
         FileNotFoundError: No such file.
@@ -256,39 +268,53 @@ def load_video_rows(
         on_error=on_error,
         media="exists" if check_media else "none",
         coordinates=coordinates,
+        num_frames=num_frames,
     )
     sources = list_sources(paths)
     if streaming:
         return _stream(datasets, sources, reader), reader.report
-    tables, chunk = [], []
-    for row in _named_rows(sources, reader):
-        chunk.append(row)
-        if len(chunk) == _CHUNK:
-            tables.append(datasets.Dataset.from_list(chunk, features=features_of(reader.kind)))
-            chunk = []
-    if chunk:
-        tables.append(datasets.Dataset.from_list(chunk, features=features_of(reader.kind)))
+    tables = []
+    rows, has_references = _named_rows(sources, reader), False
+    while chunk := list(itertools.islice(rows, _CHUNK)):
+        has_references = has_references if tables else has_reference(chunk[0])
+        features = features_of(reader.kind, has_references=has_references)
+        tables.append(datasets.Dataset.from_list([_fitted(row, features) for row in chunk], features=features))
     if not tables:
         raise ValueError(f"No row can be used: {reader.report.summary()}")
     if reader.report.problems:
         logger.warning(reader.report.summary())
+    for what, count in sorted(reader.report.lost.items()):
+        logger.warning(f"Left out of {count} rows: {what}.")
     return datasets.concatenate_datasets(tables), reader.report
 
 
 def _stream(datasets: Any, sources: list[Source], reader: RowReader) -> Any:
     # The columns depend on the kind of the first usable row.
-    if next(_named_rows(sources, reader), None) is None:
+    first = next(_named_rows(sources, reader), None)
+    if first is None:
         raise ValueError(f"No row can be used: {reader.report.summary()}")
     reader.report.counts.clear()
     reader.report.problems.clear()
+    reader.report.lost.clear()
+    features = features_of(reader.kind, has_references=has_reference(first))
 
     def generate(places: list[int]) -> Iterator[dict[str, Any]]:
-        yield from _named_rows([sources[place] for place in places], reader)
+        yield from (_fitted(row, features) for row in _named_rows([sources[place] for place in places], reader))
 
     # One shard for each file, so that the workers of a loader can share them.
     return datasets.IterableDataset.from_generator(
-        generate, features=features_of(reader.kind), gen_kwargs={"places": list(range(len(sources)))}
+        generate, features=features, gen_kwargs={"places": list(range(len(sources)))}
     )
+
+
+def has_reference(row: Mapping[str, Any]) -> bool:
+    """Say whether a row in our form has what a reference model makes of its answers."""
+    return all(name in row for name in REFERENCE_COLUMNS)
+
+
+def _fitted(row: dict[str, Any], features: Any) -> dict[str, Any]:
+    # Columns that are announced must be there, others must not.
+    return {name: row.get(name) for name in features}
 
 
 def _named_rows(sources: list[Source], reader: RowReader) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longvideo.trainers.data.blocks import (
+    REFERENCE_COLUMNS,
     ROLES,
     add_cut,
     cut_media,
@@ -14,7 +15,13 @@ from longvideo.trainers.data.blocks import (
     place_media,
     text_block,
 )
-from longvideo.trainers.data.coordinates import fill_names, fill_objects, inline_variables
+from longvideo.trainers.data.coordinates import (
+    fill_names,
+    fill_objects,
+    has_unseen_boxes,
+    inline_variables,
+    num_sampled_frames,
+)
 from longvideo.trainers.data.media import picture_size
 
 # LLaMA-Factory's own defaults, which a dataset_info.json replaces.
@@ -75,7 +82,9 @@ def read_st_align(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
 
     Args:
         row: The row.
-        settings: Not used.
+        settings: `num_frames`: frames that the model looks at, evenly from the first to the last of a split, in place
+            of `meta.num_frames`, of which 100 is the default; tubes are taught at these. `lost`: takes words for what
+            is left out.
 
     Returns:
         The row in our form, its names replaced by coordinates.
@@ -88,9 +97,13 @@ def read_st_align(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
     if not isinstance(meta, Mapping) or meta.get("split") is None:
         raise ValueError("it has no meta.split [first, last frame], which its times are counted in")
     video = add_cut(media_block("video", row.get("video_path")), split=meta["split"])
+    if settings.get("num_frames"):
+        meta = {**meta, "num_frames": settings["num_frames"]}
     turns = [(role, fill_names(ROLES.get(role, "user"), text, meta)) for role, text in turns]
+    if has_unseen_boxes(meta) and settings.get("lost"):
+        settings["lost"]([f"boxes of tubes between the {num_sampled_frames(meta)} frames that are looked at"])
     messages = place_media(turns, {"video": [video], "image": []}, image_is_video=True)
-    kept = {key: meta[key] for key in ("width", "height", "fps") if meta.get(key) is not None}
+    kept = {key: meta[key] for key in ("width", "height", "fps", "num_frames") if meta.get(key) is not None}
     return _complete(row, {"messages": messages}, meta=kept)
 
 
@@ -99,21 +112,23 @@ def read_trl(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 
     Args:
         row: The row; `image` / `images`, and here also `video` / `videos`, hold what blocks without a source take, or
-            what stands in front of the first user message.
+            what stands in front of the first user message; `system` stands in front of all messages.
         settings: Not used.
 
     Returns:
         The row in our form.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, or it is an answer that was judged bad (`label` false).
     """
+    _check_label(row)
     media = {
         kind: [*list_media(kind, row.get(kind)), *list_media(kind, row.get(f"{kind}s"))] for kind in ("video", "image")
     }
     cut_media(media, row)
     if row.get("messages") is not None:
-        return _complete(row, {"messages": _read_messages(row["messages"], media)}, meta=row.get("meta"))
+        messages = _read_messages(_with_system(row["messages"], row), media)
+        return _complete(row, {"messages": messages}, meta=row.get("meta"))
     lists = {}
     for name in ("prompt", "completion", "chosen", "rejected"):
         role = "user" if name == "prompt" else "assistant"
@@ -121,26 +136,28 @@ def read_trl(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
         if value is not None:
             lists[name] = [{"role": role, "content": value}] if isinstance(value, str) else list(value)
     if "prompt" in lists and "completion" in lists:
-        return _complete(row, {"messages": _read_messages(lists["prompt"] + lists["completion"], media)})
+        both = _with_system(lists["prompt"] + lists["completion"], row)
+        return _complete(row, {"messages": _read_messages(both, media)})
     if not {"chosen", "rejected"} <= lists.keys():
         raise ValueError(
             f"it has {sorted(lists) or 'no messages'}; expected messages, prompt + completion, or chosen + rejected"
         )
     if "prompt" not in lists:
         # TRL's implicit prompt: what both conversations begin with.
-        both = zip(lists["chosen"], lists["rejected"], strict=False)
-        common = next((place for place, (one, other) in enumerate(both) if one != other), 0)
+        both = list(zip(lists["chosen"], lists["rejected"], strict=False))
+        common = next((place for place, (one, other) in enumerate(both) if one != other), max(len(both) - 1, 0))
         lists["prompt"] = lists["chosen"][:common]
         lists = {"prompt": lists["prompt"], **{name: lists[name][common:] for name in ("chosen", "rejected")}}
     answers = {name: _read_messages(lists[name], {"video": [], "image": []}) for name in ("chosen", "rejected")}
-    return _complete(row, {"prompt": _read_messages(lists["prompt"], media), **answers})
+    return _complete(row, {"prompt": _read_messages(_with_system(lists["prompt"], row), media), **answers})
 
 
 def read_ms_swift(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read a row of ms-swift: `{messages, videos, images, objects, rejected_response | rejected_messages, label}`.
 
     Args:
-        row: The row; `video` and `image` are other names for `videos` and `images`.
+        row: The row; `video` and `image` are other names for `videos` and `images`, and `system` stands in front of
+            all messages.
         settings: `root`: function from a path of the row to where it lies.
 
     Returns:
@@ -150,15 +167,12 @@ def read_ms_swift(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
         ValueError: It cannot be read, or it is an answer that was judged bad (`label` false).
     """
     _refuse(row, ("audios", "audio", "tools"))
-    if row.get("label") is False:
-        raise ValueError("its label is false: the answer was judged bad and cannot be taught; leave the row out")
-    if row.get("label") not in (None, True):
-        raise ValueError(f"its label is {row['label']!r}, for classification or regression, which is not taught here")
+    _check_label(row)
     media = {
         kind: [*list_media(kind, row.get(kind)), *list_media(kind, row.get(f"{kind}s"))] for kind in ("video", "image")
     }
     cut_media(media, row)
-    turns = row.get("messages")
+    turns = _with_system(row.get("messages"), row)
     if row.get("objects"):
         visuals = [*media["image"], *media["video"]]
 
@@ -187,7 +201,7 @@ def read_ms_swift(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
         own = list_media(kind, row.get(f"rejected_{kind}s"))
         if own and own != sources[kind]:
             raise ValueError(f"rejected_{kind}s differ from {kind}s; both answers must be about the same {kind}s")
-    other, rejected = _split_answer(_read_messages(row["rejected_messages"], sources))
+    other, rejected = _split_answer(_read_messages(_with_system(row["rejected_messages"], row), sources))
     if other != prompt:
         raise ValueError("rejected_messages begin with another question than messages; both must share it")
     return _complete(row, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
@@ -238,6 +252,32 @@ def read_sharegpt(row: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[s
         own = [("assistant", value)] if isinstance(value, str) else read([value], name)
         answers[name] = place_media(own, {"video": [], "image": []})
     return _complete(row, {"prompt": messages, **answers})
+
+
+def _check_label(row: Mapping[str, Any]) -> None:
+    if row.get("label") is False:
+        raise ValueError("its label is false: the answer was judged bad and cannot be taught; leave the row out")
+    if row.get("label") not in (None, True):
+        raise ValueError(f"its label is {row['label']!r}, for classification or regression, which is not taught here")
+
+
+def _with_system(entries: Any, row: Mapping[str, Any]) -> Any:
+    """Put the column `system` in front of messages, and refuse what they say of single turns that cannot be heeded."""
+    if not isinstance(entries, list | tuple):
+        return entries
+    for place, entry in enumerate(entries):
+        if isinstance(entry, Mapping) and entry.get("role") == "assistant" and entry.get("loss") in (False, 0):
+            raise ValueError(
+                f"message {place} has loss false, and all answers of a row are taught here; end the row before it, or "
+                "leave the row out"
+            )
+    if not row.get("system"):
+        return entries
+    front = {"role": "system", "content": row["system"]}
+    present = [entry for entry in entries if isinstance(entry, Mapping) and entry.get("role") == "system"]
+    if present and present != [front]:
+        raise ValueError("it has the column `system` and another system message; give one of them")
+    return list(entries) if present else [front, *entries]
 
 
 def _turns(entries: Any, name: str, role_key: str, text_key: str) -> list[tuple[str, str]]:
@@ -313,6 +353,9 @@ def _complete(
     """Check the messages and put the row together."""
     if "messages" in lists and not any(entry["role"] == "assistant" for entry in lists["messages"]):
         raise ValueError("it has no answer: one message must be the assistant's")
+    for name in ("messages", "prompt"):
+        if lists.get(name) and lists[name][0]["role"] == "assistant":
+            raise ValueError("it begins with what the assistant says; a question (or a system message) comes first")
     for name in ("chosen", "rejected"):
         for entry in lists.get(name, ()):
             if entry["role"] != "assistant" and entry is lists[name][-1]:
@@ -323,5 +366,9 @@ def _complete(
             raise ValueError(f"{name} is empty")
     if "prompt" in lists and not any(entry["role"] == "user" for entry in lists["prompt"]):
         raise ValueError("a preference row has no question that both answers share")
+    if "prompt" in lists and lists["prompt"][-1]["role"] == "assistant":
+        raise ValueError("its prompt ends with what the assistant says; both answers must follow a question")
     identity = {} if row.get("id") is None else {"id": str(row["id"])}
+    if "prompt" in lists:
+        identity |= {name: float(row[name]) for name in REFERENCE_COLUMNS if row.get(name) is not None}
     return {**identity, **lists, **({"meta": dict(meta)} if isinstance(meta, Mapping) and meta else {})}

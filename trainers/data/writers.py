@@ -7,7 +7,7 @@ A writer gives the row and the names of what it had to leave out without making 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from longvideo.trainers.data.blocks import READING_OPTIONS, bare_source, picture_list, write_tags
+from longvideo.trainers.data.blocks import READING_OPTIONS, REFERENCE_COLUMNS, bare_source, picture_list, write_tags
 from longvideo.trainers.data.coordinates import extract_variables, take_names
 from longvideo.trainers.data.media import media_blocks
 
@@ -114,6 +114,7 @@ def write_trl(row: Mapping[str, Any]) -> Written:
         written["images"] = images
     if row.get("meta"):
         written["meta"] = row["meta"]
+    written |= {name: row[name] for name in REFERENCE_COLUMNS if name in row}
     return written, []
 
 
@@ -194,4 +195,5 @@ def _refuse_cuts(row: Mapping[str, Any], where: str) -> None:
 
 def _left_out(row: Mapping[str, Any], *, meta: bool = True) -> list[str]:
     options = {key for block in media_blocks(row) for key in READING_OPTIONS if key in block}
-    return [f"{key} of a video" for key in sorted(options)] + (["meta"] if meta and row.get("meta") else [])
+    columns = [f"column {name!r}" for name in REFERENCE_COLUMNS if name in row]
+    return [f"{key} of a video" for key in sorted(options)] + (["meta"] if meta and row.get("meta") else []) + columns
