@@ -25,7 +25,7 @@ from transformers.utils import logging
 from longvideo.modeling.layers.feature_files import TENSORS, hash_tensors
 from longvideo.processing.shared.video_io import SourceVideoMetadata
 from longvideo.processing.shared.video_options import list_sources
-from longvideo.processing.shared.video_sources import is_remote
+from longvideo.processing.shared.video_sources import is_remote, local_path
 from longvideo.trainers.freezing import part_of
 
 logger = logging.get_logger(__name__)
@@ -96,10 +96,8 @@ class FeatureStore:
     def __init__(self, folder: str | os.PathLike, model: nn.Module) -> None:
         check_frozen_encoder(model)
         self.encoded_class = get_type_hints(type(model).encode_video)["return"]
-        # The models name their first weights only; a store may outlive many finetunings of a tower.
-        weights = hash_tensors(*(parameter for _, parameter in sorted(encoder_parameters(model).items())))
         self.model_key = model.encoding_key()
-        state = hashlib.sha256(f"{type(model).__name__} {self.model_key} {weights}".encode()).hexdigest()
+        state = hashlib.sha256(f"{type(model).__name__} {self.model_key}".encode()).hexdigest()
         self.folder = Path(folder) / state[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -321,12 +319,20 @@ def source_stamp(source: Any) -> str:
     for path in paths:
         if not isinstance(path, str | os.PathLike) or is_remote(path):
             continue
-        file = Path(str(path).removeprefix("file://"))
-        if file.is_dir():
+        file = _file_of(path)
+        if file is not None and file.is_dir():
             stamps += [_stamp_of(entry) for entry in sorted(file.iterdir())]
-        elif file.exists():
+        elif file is not None:
             stamps.append(_stamp_of(file))
     return hashlib.sha256(" ".join(stamps).encode()).hexdigest() if stamps else ""
+
+
+def _file_of(source: str | os.PathLike) -> Path | None:
+    """The file as the reader of videos finds it, None where there is none."""
+    try:
+        return local_path(source)
+    except FileNotFoundError:
+        return None
 
 
 def _stamp_of(file: Path) -> str:
@@ -339,7 +345,7 @@ def _plain_source(source: Any) -> Any:
         return hash_tensors(torch.as_tensor(source))
     if isinstance(source, list | tuple):
         return [_plain_source(entry) for entry in source]
-    return source if is_remote(source) else os.path.abspath(str(source).removeprefix("file://"))
+    return source if is_remote(source) else os.path.abspath(_file_of(source) or str(source))
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longvideo.trainers import VideoSFTCollator, VideoSFTTrainer
-from longvideo.trainers.encoded_features import FeatureStore, encoder_parameters
+from longvideo.trainers.encoded_features import FeatureStore, encoder_parameters, source_stamp, video_name
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_crosslmm import tiny_crosslmm_model
 from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
@@ -65,6 +65,20 @@ def run(folder, name: str, rows: list[dict[str, Any]], **args: Any) -> VideoSFTT
     make_model, make_processor = ARCHITECTURES[name]
     settings = {"max_steps": 6, "learning_rate": 1e-3, "per_device_train_batch_size": 2, **settings_of(name), **args}
     return short_run(folder, make_model(), make_processor(), rows, **settings)
+
+
+def test_all_names_of_a_file_are_stamped(tmp_path, monkeypatch):
+    """A changed file must be noticed however the row names it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "a film.mp4"
+    file.write_bytes(b"one")
+    names = [str(file), "~/a film.mp4", f"file://{tmp_path}/a%20film.mp4", f"FILE://{tmp_path}/a%20film.mp4"]
+    stamps = {source_stamp(name) for name in names}
+    assert len(stamps) == 1 and "" not in stamps
+    processor = tiny_videochat_flash_processor().video_processor
+    assert len({video_name(name, None, {}, {}, processor) for name in names}) == 1
+    file.write_bytes(b"another")
+    assert not stamps & {source_stamp(name) for name in names}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
