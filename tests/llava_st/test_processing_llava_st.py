@@ -386,6 +386,13 @@ def test_short_and_long_forms(processor):
     assert inputs["coordinate_values"].shape == inputs["input_ids"].shape
 
 
+@pytest.mark.parametrize("words", ["What does <h1> mean?", "<h2>Part</h2><h3>x</h3>", "</h1><h1>[x] <div><h1>"])
+def test_headings_of_html_are_no_heights(processor, words):
+    assert values_in(processor, processor(text=words, return_tensors="pt")) == []
+    conversation = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+    assert processor.apply_chat_template(conversation, tokenize=False).count(words) == 2
+
+
 def test_values_stand_beside_their_tokens_on_either_side_of_padding(processor):
     texts = ["<t0.25>", "a much longer one: {<t0.25>,<t0.75>}", "none"]
     for side in ("left", "right"):
