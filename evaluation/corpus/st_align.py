@@ -124,7 +124,8 @@ def from_st_align(
     written = {who: clip.fill(text, who, times, boxes, tubes) for who, text in texts.items()}
     region, tube = next(iter(boxes.values()), None), next(iter(tubes.values()))
     caption = re.search(r"Ends in .*?, (.*?)\.(?: Object bounding box|$)", written["gpt"])
-    visual: dict[str, Any] = {"type": "video", "path": path}
+    # Times are fractions of the split, so the model has to see that part and no more.
+    visual: dict[str, Any] = {"type": "video", "path": path, "split": [first, last]}
     return {
         "id": f"{task}-{entry['video_path']}",
         "messages": [

@@ -219,6 +219,8 @@ def test_st_align_round_trip(tmp_path) -> None:
         assert len(after) == len(before) == 3
         for one, other in zip(before, after, strict=True):
             assert other["messages"][0]["content"][0]["path"] == str(tmp_path / "videos/a.mp4")
+            # Scenes have eight frames per second; the part ends with the last of them.
+            assert other["messages"][0]["content"][0]["split"] == [0, round(one["duration"] * 8)] == other["split"]
             assert other["caption"] == (one["caption"] if path.stem == "elc" else None)
             # Entries hold whole frames, an eighth of a second apart, and hundredths of a pixel.
             assert other["span"] == pytest.approx(one["span"], abs=0.0626)
@@ -253,7 +255,7 @@ def test_st_align_entries_as_published() -> None:
         ],
     }
     row = from_st_align(entry, "elc", num_frames=11, folder="/videos")
-    assert row["messages"][0]["content"][0]["path"] == "/videos/a/b.mp4"
+    assert row["messages"][0]["content"][0] == {"type": "video", "path": "/videos/a/b.mp4", "split": [10, 110]}
     region = "[<WIDTH-INPUT0.100>,<HEIGHT-INPUT0.100>,<WIDTH-INPUT0.200>,<HEIGHT-INPUT0.200>]"
     assert row["question"] == f"Starts in <TEMP-INPUT0.100>, what about {region}?"
     # Frame 12 is not sampled, and a box beyond the frame ends at its edge.
