@@ -220,13 +220,13 @@ def write_corpus(
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Rows of a rows.jsonl with the paths of their videos made absolute."""
+    """Rows of a rows.jsonl with the paths of their videos and pictures made absolute."""
     path = Path(path)
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
             for message in row["messages"]:
                 for block in message["content"]:
-                    if block["type"] == "video":
+                    if block["type"] in ("video", "image"):
                         block["path"] = str((path.parent / block["path"]).resolve())
             yield row

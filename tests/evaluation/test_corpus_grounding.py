@@ -203,7 +203,8 @@ def test_files_of_a_corpus(tmp_path) -> None:
         is_image = row["task"] in ("rec", "reg")
         assert visual["type"] == ("image" if is_image else "video") and (row["duration"] is None) == is_image
         if is_image:
-            assert Image.open(tmp_path / visual["path"]).size == (64, 64)
+            assert Image.open(visual["path"]).size == (64, 64)
+        assert visual["path"].startswith(str(tmp_path.resolve()))
     assert not [file for file in tmp_path.rglob("*") if "partial" in file.name]
 
 
