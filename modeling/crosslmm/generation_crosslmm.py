@@ -161,9 +161,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
             **kwargs,
         )
         num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        ids = inputs.get("input_ids")
+        if prompt is None and ids is not None and kwargs.get("use_cache") is False and not is_first_iteration:
+            # What was written is read again in every step; a placeholder in it stands for nothing.
+            inputs["inputs_embeds"], inputs["input_ids"] = self.get_input_embeddings()(ids), None
         if prompt is None or num_cached >= prompt.length:
             return inputs
-        ids = inputs.get("input_ids")
         length = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
         part = prompt.embeds[:, num_cached : num_cached + length]
         if ids is not None:

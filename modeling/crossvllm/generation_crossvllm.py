@@ -169,6 +169,9 @@ class CrossVLLMGenerationMixin(GenerationMixin):
         )
         num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         ids = inputs.get("input_ids")
+        if prompt_embeds is None and ids is not None and kwargs.get("use_cache") is False and not is_first_iteration:
+            # What was written is read again in every step; a placeholder in it stands for nothing.
+            inputs["inputs_embeds"], inputs["input_ids"] = self.get_input_embeddings()(ids), None
         if prompt_embeds is None or num_cached >= prompt_embeds.shape[1] or ids is None:
             return inputs
         part = prompt_embeds[:, num_cached : num_cached + ids.shape[1]]

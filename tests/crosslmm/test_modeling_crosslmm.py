@@ -239,6 +239,19 @@ def test_an_empty_cache_is_a_prefill(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_placeholder_that_the_model_writes_is_text(kind):
+    model, row = tiny_crosslmm_model(), prompt(5)
+    token = getattr(model.config, f"{kind}_token_id")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor(token), 50.0))
+    wanted = [*row["input_ids"][0].tolist(), *[token] * GREEDY["max_new_tokens"]]
+    for use_cache in (True, False):
+        assert model.generate(**row, **GREEDY, use_cache=use_cache)[0].tolist() == wanted
+    with pytest.raises(ValueError, match=rf"holds \d {kind} placeholder tokens but no {kind} was given"):
+        model.generate(input_ids=torch.tensor([wanted]), **GREEDY, use_cache=False)
+
+
+@torch.no_grad()
 def test_a_second_turn_with_a_new_video_goes_on_from_the_cache(model):
     first, second = prompt(3, "video2", 2), prompt(2, "video1", 3, seed=1)
     cache = DynamicCache(config=model.config.text_config)

@@ -212,6 +212,19 @@ def test_assisted_decoding_gives_what_plain_decoding_gives(model, granularity, k
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_placeholder_that_the_model_writes_is_text(kind):
+    model, row = tiny_crossvllm_model(), prompt(5)
+    token = getattr(model.config, f"{kind}_token_id")
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor(token), 50.0))
+    wanted = [*row["input_ids"][0].tolist(), *[token] * GREEDY["max_new_tokens"]]
+    for use_cache in (True, False):
+        assert model.generate(**row, **GREEDY, use_cache=use_cache)[0].tolist() == wanted
+    with pytest.raises(ValueError, match=rf"holds \d {kind} placeholder tokens but no {kind} was given"):
+        model.generate(input_ids=torch.tensor([wanted]), **GREEDY, use_cache=False)
+
+
+@torch.no_grad()
 def test_a_second_turn_with_a_new_video_goes_on_from_the_cache(model):
     first, second = prompt(2, "video2", 3, seed=1), prompt(2, "video1", 3, seed=2)
     cache = DynamicCache(config=model.model.language_model.config)
