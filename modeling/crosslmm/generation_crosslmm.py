@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from longvideo.modeling.crosslmm.encoded_video_crosslmm import CrossLMMEncodedVideo
 from longvideo.modeling.crosslmm.prompt_crosslmm import CrossLMMPrompt
 from longvideo.modeling.layers.cached_prompts import known_length
-from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors, hash_weights
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "video_num_frames")
 ENCODING_SETTINGS = (
@@ -34,13 +34,12 @@ class CrossLMMGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------ encoding once
 
     def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into features: settings, projector and the tower's first weights."""
+        """Returns a hash of what turns pixels into features: settings and all weights of tower and projector."""
         config, model = self.config, self.model
         settings = " ".join(f"{name}={getattr(config, name)}" for name in ENCODING_SETTINGS)
         settings += f" memory={bool(config.cross_attention_layers)} "
         settings += config.vision_config.to_json_string(use_diff=False)
-        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-        return hash_tensors(text, next(model.vision_tower.parameters()), *model.multi_modal_projector.parameters())
+        return hash_weights(settings, model.vision_tower, model.multi_modal_projector)
 
     @torch.no_grad()
     def encode_video(

@@ -28,7 +28,7 @@ class CrossVLLMGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------ encoding once
 
     def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into an encoded video: the tower's settings and first weights."""
+        """Returns a hash of what turns pixels into an encoded video: the tower's settings and weights."""
         return self.model.vision_key()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from longvideo.modeling.crossvllm.configuration_crossvllm import GRANULARITIES, CrossVLLMConfig
 from longvideo.modeling.crossvllm.frame_cache_crossvllm import FrameFeatureCache
 from longvideo.modeling.layers.chunked import iterate_chunks
-from longvideo.modeling.layers.feature_files import hash_tensors
+from longvideo.modeling.layers.feature_files import hash_weights
 
 
 @dataclass
@@ -93,12 +93,11 @@ class CrossVLLMVisionMixin:
     """The vision half of `CrossVLLMModel`, which has `vision_tower`, `projectors` and a granularity."""
 
     def vision_key(self) -> str:
-        """Returns a hash of what turns pixels into kept patches: settings and the tower's first weights."""
+        """Returns a hash of what turns pixels into kept patches: settings and all weights of the tower."""
         config = self.config
         settings = f"{config.vision_feature_layer} {config.spatial_pool_mode} {config.shared_stride} "
         settings += config.vision_config.to_json_string(use_diff=False)
-        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-        return hash_tensors(text, next(self.vision_tower.parameters()))
+        return hash_weights(settings, self.vision_tower)
 
     def _check_pixels(self, pixels: torch.Tensor, name: str, ndims: tuple[int, ...], lead: str) -> None:
         side = self.config.vision_config.image_size

@@ -4,19 +4,24 @@ A folder holds `features.safetensors` and `encoded_video.json`, the header: form
 and whatever the architecture adds.
 """
 
+import functools
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
 
 TENSORS = "features.safetensors"
 HEADER = "encoded_video.json"
+# 32-bit words whose sum is taken at once; another number gives other fingerprints.
+PIECE = 1 << 18
 
 
 def hash_tensors(*tensors: torch.Tensor) -> str:
@@ -26,6 +31,62 @@ def hash_tensors(*tensors: torch.Tensor) -> str:
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
         digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def place_factors(device: torch.device) -> torch.Tensor:
+    """Returns an odd number without a pattern for every place of a piece, (PIECE,) int64, by multiplying twice."""
+    places = torch.arange(1, PIECE + 1, dtype=torch.int64, device=device) * -7046029254386353131
+    return ((places ^ (places >> 29)) * -4658895280553007687) | 1
+
+
+def fingerprint(tensor: torch.Tensor) -> list[int]:
+    """Sums up a tensor's bits where it lies, so that weights on a GPU stay there.
+
+    Args:
+        tensor: any shape and type.
+
+    Returns:
+        For every `PIECE` of 32-bit words the sum of word times an odd number that belongs to its place, modulo 2**64:
+        the same on every device, and another one when any single word changes.
+    """
+    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    words = F.pad(data, (0, -len(data) % 4)).view(torch.int32)
+    factors = place_factors(words.device)
+    # int64 wraps around on every device.
+    return torch.stack([(part.long() * factors[: len(part)]).sum() for part in words.split(PIECE)]).tolist()
+
+
+def encoding_tensors(*parts: nn.Module | torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Yields parameters and stored buffers of modules, adapters included, and the tensors among the parts."""
+    for part in parts:
+        if isinstance(part, nn.Module):
+            yield from part.state_dict().values()
+        elif part is not None:
+            yield part
+
+
+def hash_weights(settings: str, *parts: nn.Module | torch.Tensor | None) -> str:
+    """Hashes settings and all weights of what encodes.
+
+    Args:
+        settings: what decides about features beside weights.
+        *parts: modules and tensors, in a fixed order; None is passed over.
+
+    Returns:
+        SHA-256 over the settings, the state of adapters (which are on, and how strongly) and every weight's shape,
+        type and values; the same on every device. Files written when only the first weights of a tower counted carry
+        another hash; their videos have to be encoded again.
+    """
+    digest = hashlib.sha256(settings.encode())
+    for module in (m for part in parts if isinstance(part, nn.Module) for m in part.modules()):
+        # Layers of PEFT; a model of transformers has methods of these names.
+        if isinstance(getattr(module, "disable_adapters", None), bool):
+            scaling = sorted(dict(getattr(module, "scaling", None) or {}).items())
+            digest.update(f"{module.disable_adapters} {list(module.active_adapters)} {scaling}".encode())
+    for tensor in encoding_tensors(*parts):
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {fingerprint(tensor)}".encode())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from longvideo.modeling.layers.cached_prompts import known_length
-from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors, hash_weights
 from longvideo.modeling.llava_st.encoded_video_llava_st import LlavaSTEncodedVideo
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos")
@@ -36,18 +36,14 @@ class LlavaSTGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------ encoding once
 
     def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into features: settings, weights behind the tower, its first weights."""
+        """Returns a hash of what turns pixels into features: settings and all weights that do so."""
         config, model = self.config, self.model
         settings = " ".join(f"{name}={getattr(config, name)}" for name in ENCODING_SETTINGS)
         settings += config.vision_config.to_json_string(use_diff=False)
-        tensors = [torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)]
-        tensors.append(next(model.vision_tower.parameters()))
-        tensors += model.multi_modal_projector.parameters()
-        if model.packer is not None:
-            tensors += model.packer.parameters()
+        rows = ()
         if config.use_lape and config.num_coordinate_tokens:
-            tensors += [model.input_rows(), model.output_rows(self.output_rows())]
-        return hash_tensors(*tensors)
+            rows = (model.input_rows(), model.output_rows(self.output_rows()))
+        return hash_weights(settings, model.vision_tower, model.multi_modal_projector, model.packer, *rows)
 
     @torch.no_grad()
     def encode_video(self, pixel_values_videos: torch.Tensor, source_key: str | None = None) -> LlavaSTEncodedVideo:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
-from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_weights
 from longvideo.modeling.longvu.encoded_video_longvu import LongVUEncodedVideo
 from longvideo.modeling.longvu.vision_longvu import FrameDigest, VisualInputs
 
@@ -152,15 +152,13 @@ class LongVUGenerationMixin(GenerationMixin):
     # ------------------------------------------------------------------ encoding once
 
     def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into features: settings, connector and the towers' first weights."""
+        """Returns a hash of what turns pixels into features: settings and all weights of towers and connector."""
         config, model = self.config, self.model
         settings = " ".join(f"{name}={getattr(config, name)}" for name in ENCODING_SETTINGS)
         settings += f" {config.behaves('budget_without_newlines')}"
         settings += "".join(x.to_json_string(use_diff=False) for x in (config.vision_config, config.dino_config))
-        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-        towers = [next(tower.parameters()) for tower in (model.vision_tower, model.dino_tower)]
-        connector = [*model.vision_projectors.parameters(), *model.vision_sampler.parameters(), model.vision_query]
-        return hash_tensors(text, *towers, *connector)
+        connector = (model.vision_projectors, model.vision_sampler, model.vision_query)
+        return hash_weights(settings, model.vision_tower, model.dino_tower, *connector)
 
     @torch.no_grad()
     def encode_video(

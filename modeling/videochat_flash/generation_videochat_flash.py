@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors, hash_weights
 from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo
 from longvideo.modeling.videochat_flash.vision_videochat_flash import VideoChatFlashVisionOutput
 from longvideo.modeling.videochat_flash.visual_dropout import build_plan
@@ -19,13 +19,11 @@ class VideoChatFlashGenerationMixin(GenerationMixin):
     """`GenerationMixin` for a model with `get_video_features` and `get_image_features`."""
 
     def encoding_key(self) -> str:
-        """Returns a hash of what turns pixels into features: settings, projector and the tower's first weights."""
+        """Returns a hash of what turns pixels into features: settings and all weights of tower and projector."""
         config = self.config
         settings = f"{config.vision_config.to_json_string(use_diff=False)} {config.tokens_per_frame} "
         settings += f"{config.mm_local_num_frames} {config.vision_encode_type}"
-        text = torch.frombuffer(bytearray(settings.encode()), dtype=torch.uint8)
-        first = next(self.model.vision_tower.parameters())
-        return hash_tensors(text, first, *self.model.multi_modal_projector.parameters())
+        return hash_weights(settings, self.model.vision_tower, self.model.multi_modal_projector)
 
     @torch.no_grad()
     def encode_video(
