@@ -338,7 +338,7 @@ def activation_bytes(
         bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
 
     Returns:
-        Bytes of `pixels` (float32, all frames), `tower` and `merge` (one chunk of clips), `prefill`, and the `peak`:
+        Bytes of `pixels` (float32), `tower` and `merge` (one chunk of clips each), `prefill`, and the `peak`:
         pixels and visual features together with the largest step.
     """
     vision, text = config.vision_config, config.text_config
@@ -355,7 +355,7 @@ def activation_bytes(
         "merge": chunk * 4 * (3 * patches * (vision.hidden_size + 1) + patches**2 // 4),
         "prefill": sequence_length * per_token * bytes_per_value,
     }
-    pixels = 4 * num_frames * num_pixels
+    pixels = 4 * chunk * config.mm_local_num_frames * num_pixels
     return {"pixels": pixels, **steps, "peak": pixels + features + max(steps.values())}
 
 

@@ -248,6 +248,15 @@ class VideoQuestionAnsweringPipeline(Pipeline):
         # Pixels only: coordinates in a question are numbers that half precision would move.
         return value.to(self.dtype) if name.startswith("pixel_values") and self.dtype is not None else value
 
+    def _ensure_tensor_on_device(self, inputs: Any, device: torch.device) -> Any:
+        # Pixels of a long video stay where they are for a model that moves them a chunk at a time.
+        if not isinstance(inputs, dict) or not getattr(self.model, "moves_pixels", False):
+            return super()._ensure_tensor_on_device(inputs, device)
+        return {
+            name: value if name.startswith("pixel_values") else self._ensure_tensor_on_device(value, device)
+            for name, value in inputs.items()
+        }
+
     def _generate_settings(self, generate_kwargs: dict[str, Any] | None) -> dict[str, Any]:
         """Merge settings: this call, the pipeline's own, the checkpoint's, then greedy and 256 tokens."""
         settings = {**self._init_generate_kwargs, **(generate_kwargs or {})}

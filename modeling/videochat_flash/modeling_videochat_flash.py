@@ -94,6 +94,8 @@ class VideoChatFlashPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    # Pixels may lie on any device: they are moved a chunk at a time.
+    moves_pixels = True
 
 
 class VideoChatFlashModel(VideoChatFlashVisionMixin, VideoChatFlashPreTrainedModel):

@@ -107,7 +107,8 @@ class VideoChatFlashVisionMixin:
         )
         chunk_size = len(clips) if records else self.config.vision_chunk_size
         for piece in iterate_chunks(clips, max(chunk_size, 1)):
-            tower = self._run_tower(piece, **kwargs)
+            # Pixels may wait on the CPU: only a piece of them is moved at a time.
+            tower = self._run_tower(piece.to(self.device), **kwargs)
             merge = merge_tokens(
                 tower.last_hidden_state,
                 self.config.tokens_per_clip,

@@ -141,8 +141,10 @@ def test_estimate_of_a_published_setting() -> None:
     assert short.cache_bytes == 2 * 512 * 2 * sum(short.layer_lengths)
     assert short.flops["prefill"] < 0.65 * full.flops["prefill"]
     assert short.flops["tower"] == full.flops["tower"]
-    # Chunked encoding: what the tower needs does not grow with the video.
-    assert cost.estimate(config, 1024).activation_bytes["tower"] == full.activation_bytes["tower"]
+    # Chunked encoding: what the tower needs does not grow with the video, nor do pixels on the model's device.
+    for name in ("tower", "pixels"):
+        assert cost.estimate(config, 1024).activation_bytes[name] == full.activation_bytes[name]
+    assert full.activation_bytes["pixels"] == 4 * config.vision_chunk_size * 4 * 3 * 448**2
     assert full.to_dict()["stages"] == [] and short.to_dict()["stages"][0]["visual_tokens"] == 6144
 
 
