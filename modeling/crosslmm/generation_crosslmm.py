@@ -8,7 +8,7 @@ Shapes: B batch, S sequence, D language width.
 """
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
@@ -16,6 +16,7 @@ from longvideo.modeling.crosslmm.encoded_video_crosslmm import CrossLMMEncodedVi
 from longvideo.modeling.crosslmm.prompt_crosslmm import CrossLMMPrompt
 from longvideo.modeling.layers.cached_prompts import known_length
 from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors, hash_weights
+from longvideo.modeling.layers.generation_calls import PlaceholderGenerationMixin
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "video_num_frames")
 ENCODING_SETTINGS = (
@@ -28,7 +29,7 @@ ENCODING_SETTINGS = (
 )
 
 
-class CrossLMMGenerationMixin(GenerationMixin):
+class CrossLMMGenerationMixin(PlaceholderGenerationMixin):
     """`GenerationMixin` for a model whose prompts hold visual features that look up their original tokens."""
 
     # ------------------------------------------------------------------ encoding once

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
@@ -18,11 +18,12 @@ from longvideo.modeling.crossvllm.encoded_video_crossvllm import CrossVLLMEncode
 from longvideo.modeling.crossvllm.frame_cache_crossvllm import FrameFeatureCache
 from longvideo.modeling.layers.cached_prompts import known_length
 from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_tensors
+from longvideo.modeling.layers.generation_calls import PlaceholderGenerationMixin
 
 VISUAL_INPUTS = ("pixel_values", "pixel_values_videos", "video_num_frames", "vision_features", "mm_encoder_outputs")
 
 
-class CrossVLLMGenerationMixin(GenerationMixin):
+class CrossVLLMGenerationMixin(PlaceholderGenerationMixin):
     """`GenerationMixin` for a model with granularities."""
 
     # ------------------------------------------------------------------ encoding once

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import ModelOutput
 
 from longvideo.modeling.layers.feature_files import check_encoded_video, feature_key, hash_weights
+from longvideo.modeling.layers.generation_calls import PlaceholderGenerationMixin, asked_assistant, name_arguments
 from longvideo.modeling.longvu.encoded_video_longvu import LongVUEncodedVideo
 from longvideo.modeling.longvu.vision_longvu import FrameDigest, VisualInputs
 
@@ -146,7 +147,7 @@ def join_mask(cached_mask: torch.Tensor | None, mask: torch.Tensor, num_cached: 
     return torch.cat([cached_mask.to(mask), mask], dim=1)
 
 
-class LongVUGenerationMixin(GenerationMixin):
+class LongVUGenerationMixin(PlaceholderGenerationMixin):
     """`GenerationMixin` for a model whose prompt grows by visual tokens."""
 
     # ------------------------------------------------------------------ encoding once
@@ -236,8 +237,10 @@ class LongVUGenerationMixin(GenerationMixin):
             As upstream: the ids that were given (placeholders not repeated), then the new tokens.
 
         Raises:
-            ValueError: an encoded video of another model, a text that leaves no room, or `prefill_chunk_size`.
+            ValueError: an encoded video of another model, a text that leaves no room, or, with images or videos,
+                `prefill_chunk_size` or assisted decoding.
         """
+        kwargs = name_arguments(args, kwargs)
         features = dict(kwargs.pop("mm_encoder_outputs", None) or {})
         if encoded_video is not None:
             check_encoded_video(
@@ -255,11 +258,11 @@ class LongVUGenerationMixin(GenerationMixin):
             visual["mm_encoder_outputs"] = features
         given = kwargs.get("past_key_values")
         if not visual and cached_prompt(given) is None:
-            return super().generate(inputs, generation_config, *args, **kwargs)
+            return super().generate(inputs, generation_config, **kwargs)
         if inputs is not None:
             kwargs["input_ids"] = inputs
         kwargs = self._prepare_prompt(kwargs, visual, generation_config)
-        return super().generate(None, generation_config, *args, **kwargs)
+        return super().generate(None, generation_config, **kwargs)
 
     def _prepare_prompt(self, kwargs: dict, visual: dict, generation_config: GenerationConfig | None) -> dict:
         """Returns the arguments of `generate` with the prompt as embeddings."""
@@ -268,6 +271,12 @@ class LongVUGenerationMixin(GenerationMixin):
             raise ValueError(
                 "prefill_chunk_size cannot be used with images or videos: their tokens are put in place over the "
                 "whole prompt. Leave it unset."
+            )
+        assistant = asked_assistant(kwargs, given, self.generation_config)
+        if assistant is not None:
+            raise ValueError(
+                f"{assistant} cannot be used with images or videos: their tokens take positions that have no ids, "
+                "which assisted decoding goes by. Leave it unset."
             )
         kwargs = {**kwargs, "position_ids": None}
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.pop("inputs_embeds", None)

@@ -2,11 +2,18 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+)
 
 from longvideo.modeling.layers.feature_files import video_source_key
 from longvideo.modeling.longvu.configuration_longvu import ORIGINAL_BEHAVIOURS, LongVUConfig
@@ -551,7 +558,49 @@ def test_placeholder_ids_may_lie_beyond_the_embedding_table():
     )
 
 
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}])
+def test_penalties_pass_over_placeholders_beyond_the_table(options):
+    inside, beyond = tiny_longvu_model(), tiny_longvu_model(image_token_id=265, video_token_id=264)
+    ids, pixels = prompt(), video(9)
+    expected = inside.generate(ids, **pixels, **GREEDY, **options)[:, 16:]
+    assert VIDEO not in expected
+    found = beyond.generate(ids.masked_fill(ids == VIDEO, 264), **pixels, **GREEDY, **options)[:, 16:]
+    assert torch.equal(found, expected)
+
+
+def test_lora_by_the_pattern_of_the_readme():
+    peft = pytest.importorskip("peft")
+    pattern = r".*language_model.*\.(q_proj|v_proj)"
+    assert pattern in (Path(__file__).parents[2] / "modeling" / "longvu" / "README.md").read_text()
+    adapted = peft.get_peft_model(tiny_longvu_model(), peft.LoraConfig(target_modules=pattern))
+    found = {name.split(".lora_A")[0] for name, _ in adapted.named_parameters() if ".lora_A" in name}
+    assert len(found) == 4 and all("language_model.layers" in name for name in found)
+
+
+def test_assisted_decoding_with_videos_is_refused(model):
+    given = {"input_ids": prompt(), **video(4), **GREEDY}
+    for name, value in (("assistant_model", model), ("prompt_lookup_num_tokens", 3)):
+        with pytest.raises(ValueError, match=f"{name} cannot be used with images or videos"):
+            model.generate(**given, **{name: value})
+    asked = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens cannot be used"):
+        model.generate(input_ids=prompt(), **video(4), generation_config=asked)
+    text = torch.tensor([[10, 11, 12, 10, 11, 12, 10, 11]])
+    assert torch.equal(model.generate(text, **GREEDY, prompt_lookup_num_tokens=3), model.generate(text, **GREEDY))
+
+
 # ---------------------------------------------------------------- encoding once, streams
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", ["vision_tower", "dino_tower", "vision_sampler"])
+def test_encoded_video_of_other_tower_weights_is_refused(part):
+    model = tiny_longvu_model()
+    encoded = model.encode_video(**video(4))
+    assert model.generate(input_ids=prompt(), encoded_video=encoded, **GREEDY).shape[1] > 16
+    list(getattr(model.model, part).parameters())[-1].view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match="other weights or settings"):
+        model.generate(input_ids=prompt(), encoded_video=encoded, **GREEDY)
 
 
 @torch.no_grad()

@@ -6,7 +6,15 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, GPT2Config
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    GPT2Config,
+    Qwen2ForCausalLM,
+)
 
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import VideoChatFlashConfig
 from longvideo.modeling.videochat_flash.encoded_video import EncodedVideo, video_source_key
@@ -51,6 +59,25 @@ def test_chunked_equals_unchunked(tower, encode_type):
         for ours, theirs in zip(outputs[0].pooler_output, other.pooler_output, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # batched products round differently
         assert all(map(torch.equal, outputs[0].merge_groups, other.merge_groups))
+
+
+@torch.no_grad()
+def test_pixels_are_moved_a_chunk_at_a_time(monkeypatch):
+    model = tiny_videochat_flash_model()
+    inputs = video_inputs(20)
+    moved, move = [], torch.Tensor.to
+
+    def to(tensor, *args, **kwargs):
+        if tensor.ndim >= 4 and tensor.shape[-3:] == (3, 32, 32):
+            moved.append(tensor.shape[:-3].numel())
+        return move(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    model.generate(**inputs, **GREEDY)
+    model.encode_video(inputs["pixel_values_videos"])
+    model.get_image_features(torch.randn(5, 3, 32, 32))
+    # Two clips of four frames, or two images, at a time.
+    assert moved and max(moved) == 8, moved
 
 
 @torch.no_grad()
@@ -252,6 +279,80 @@ def test_eager_equals_sdpa():
     torch.testing.assert_close(model(**inputs).logits, sdpa, atol=1e-4, rtol=1e-4)  # two kernels in fp32
 
 
+# ---------------------------------------------------------------- assisted decoding, embeddings, penalties
+
+
+LONG = {**GREEDY, "max_new_tokens": 12}
+
+
+@pytest.mark.parametrize("kind", ["itself", "other", "decoder", "lookup"])
+def test_assisted_decoding_gives_what_plain_decoding_gives(model, kind):
+    inputs = video_inputs()
+    # A prompt that repeats itself, so that prompt lookup proposes placeholders too.
+    inputs["input_ids"][:, -8:] = inputs["input_ids"][:, :8]
+    inputs["input_ids"][inputs["input_ids"] == VIDEO] = 11
+    inputs["input_ids"][:, 4:36] = VIDEO
+    inputs["input_ids"][:, -2:] = inputs["input_ids"][:, 2:4]
+    given = {
+        "itself": {"assistant_model": model},
+        "other": {"assistant_model": tiny_videochat_flash_model(seed=1)},
+        "decoder": {"assistant_model": Qwen2ForCausalLM(model.config.text_config).eval()},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+    }[kind]
+    plain = model.generate(**inputs, visual_dropout=False, **LONG)
+    assert torch.equal(model.generate(**inputs, visual_dropout=False, **LONG, **given), plain)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "attention"])
+def test_assisted_decoding_with_visual_dropout_is_refused(model, kind):
+    plan = {"type": kind, "layers": [1], "ratios": [1.0, 0.5]}
+    for name, given in (("assistant_model", model), ("prompt_lookup_num_tokens", 3)):
+        with pytest.raises(ValueError, match=f"{name} cannot be combined with visual dropout"):
+            model.generate(**video_inputs(), visual_dropout=plan, **GREEDY, **{name: given})
+    asked = GenerationConfig(prompt_lookup_num_tokens=3, max_new_tokens=3)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens cannot be combined"):
+        model.generate(**video_inputs(), visual_dropout=plan, generation_config=asked)
+    with pytest.raises(ValueError, match="assistant_model cannot be combined"):
+        inputs = video_inputs()
+        model.generate(
+            inputs["input_ids"],
+            None,
+            None,
+            None,
+            None,
+            None,
+            model,
+            pixel_values_videos=inputs["pixel_values_videos"],
+            visual_dropout=plan,
+        )
+
+
+def test_an_assistant_of_another_width_is_refused(model):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assistant = tiny_videochat_flash_model(text_kwargs=sizes)
+    with pytest.raises(ValueError, match="decoder has the width 16, this model's 32"):
+        model.generate(**video_inputs(), **GREEDY, assistant_model=assistant)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_generation_from_embeddings(model, options):
+    for inputs in (video_inputs(batch=2), {"input_ids": torch.randint(10, 250, (2, 9))}):
+        expected = model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :]
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        assert torch.equal(model.generate(inputs_embeds=embeds, **inputs, **GREEDY, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 1}])
+def test_penalties_pass_over_placeholders_beyond_the_table(options):
+    inside, beyond = tiny_videochat_flash_model(), tiny_videochat_flash_model(image_token_id=264, video_token_id=265)
+    inputs = video_inputs()
+    ids = inputs.pop("input_ids")
+    expected = inside.generate(ids, **inputs, **GREEDY, **options)
+    assert VIDEO not in expected[0, ids.shape[1] :]
+    found = beyond.generate(ids.masked_fill(ids == VIDEO, 265), **inputs, **GREEDY, **options)
+    assert torch.equal(found[:, ids.shape[1] :], expected[:, ids.shape[1] :])
+
+
 # ---------------------------------------------------------------- encoding once
 
 
@@ -299,6 +400,17 @@ def test_encoded_video_of_another_source_model_or_damaged_is_refused(model, tmp_
     (tmp_path / "features.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="cannot be read"):
         EncodedVideo.load(tmp_path)
+
+
+@torch.no_grad()
+def test_encoded_video_of_other_tower_weights_is_refused():
+    model = tiny_videochat_flash_model()
+    inputs = video_inputs(4)
+    encoded = model.encode_video(inputs.pop("pixel_values_videos"))
+    assert model.generate(**inputs, encoded_video=encoded, **GREEDY).shape == (1, 33)
+    model.model.vision_tower.blocks[1].mlp.fc2.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match="other weights or settings"):
+        model.generate(**inputs, encoded_video=encoded, **GREEDY)
 
 
 def test_source_key_sees_content_and_settings(tmp_path):
