@@ -1,10 +1,12 @@
 """Videos and images that cannot be read in the middle of an epoch: which one it is, and a report of those left out."""
 
+import copy
 import json
 import os
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers.utils import logging
@@ -88,6 +90,23 @@ class BadMediaLog:
                 file.write(line + "\n")
 
 
+@contextmanager
+def without_spares(trainer: Any) -> Iterator[None]:
+    """Make loaders of a trainer without rows that stand in for others, as evaluation must not have them.
+
+    Args:
+        trainer: A trainer with a `data_collator`.
+    """
+    collator = trainer.data_collator
+    if hasattr(collator, "spare_rows"):
+        trainer.data_collator = copy.copy(collator)
+        trainer.data_collator.spare_rows = ()
+    try:
+        yield
+    finally:
+        trainer.data_collator = collator
+
+
 def spare_rows(rows: Sequence[Mapping[str, Any]] | None, name: str) -> Iterator[Mapping[str, Any]]:
     """Choose rows in place of a batch of which none can be read; the choice depends on the batch alone.
 
@@ -98,7 +117,7 @@ def spare_rows(rows: Sequence[Mapping[str, Any]] | None, name: str) -> Iterator[
     Returns:
         Iterator over at most `MOST_SPARES` rows.
     """
-    if rows is None or not hasattr(rows, "__len__") or not len(rows):
+    if not all(hasattr(rows, name) for name in ("__len__", "__getitem__")) or not len(rows):
         return iter(())
     choice = random.Random(zlib.crc32(name.encode()))
     return (rows[choice.randrange(len(rows))] for _ in range(MOST_SPARES))

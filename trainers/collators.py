@@ -8,6 +8,7 @@ A row is `{"messages": [{"role": ..., "content": [blocks]}], ...}`; the video bl
 Shape legend: S sequence of one row, F frames of one video.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,8 @@ _SEQUENCE_FILL = {
 _BLANK_SIDE = 32  # pixels; the processor brings a black square of any size to the towers' sizes
 # Reading again with fewer frames settles at once; what stands beside the placeholders may add a few tokens.
 _MOST_READS = 6
+# Rows that are kept to stand in for others.
+_MOST_KEPT = 4
 
 
 class VideoSFTCollator:
@@ -44,8 +47,8 @@ class VideoSFTCollator:
         processor: Processor with a chat template, `apply_chat_template` and a fast tokenizer.
         max_length: Most tokens of a row, visual placeholders included. Of videos in longer rows fewer frames are
             read, evenly spread; text and visual spans are never cut, so a row whose text alone is too long is an
-            error. For a model that puts visual tokens in place of one placeholder this counts the text; the model
-            fits the rest into its context. None for no limit.
+            error, and so is one whose model takes no fewer frames. For a model that puts visual tokens in place of
+            one placeholder this counts the text; the model fits the rest into its context. None for no limit.
         max_frames_per_row: Most frames of a row, all its videos together; more are thinned out evenly. None for no
             limit.
         mask: "assistant" supervises the text of every assistant turn and its end token; "all" every token that is
@@ -62,7 +65,8 @@ class VideoSFTCollator:
         on_bad_video: "raise", or "skip" to leave out rows with a video or image that cannot be read; they are counted
             and reported, and a batch of such rows alone takes others in their place.
         bad_videos: Counts and reports rows that are left out; None for one without a file.
-        spare_rows: Rows to take in place of a batch of which none can be read, as the dataset itself.
+        spare_rows: Rows to take in place of a batch of which none can be read, as the dataset itself. With None,
+            or a stream, the last rows that could be read are taken; an empty list takes none.
         encoded_features: Store of encoded videos (see `FeatureStore`); then batches hold `encoded_videos`, entries
             with features or with the pixels to make them of, in place of pixels. None for pixels.
         with_facts: Whether batches hold `batch_facts` beside their tensors: names of the rows and the number of those
@@ -111,6 +115,7 @@ class VideoSFTCollator:
         self.max_frames_per_row = max_frames_per_row
         self.on_bad_video, self.spare_rows, self.with_facts = on_bad_video, spare_rows, with_facts
         self.bad_videos = BadMediaLog() if bad_videos is None else bad_videos
+        self._last_read: deque[Mapping[str, Any]] = deque(maxlen=_MOST_KEPT)
         self.encoded_features = encoded_features
         self._budget = RowBudget(
             processor, max_length=max_length, max_frames=max_frames_per_row, call=self.processor_kwargs
@@ -179,7 +184,9 @@ class VideoSFTCollator:
                 bad.append(error)
         num_skipped = len(bad)
         # A batch must hold something, on every process as often as on the others.
-        spares = iter(()) if encoded else spare_rows(self.spare_rows, "; ".join(where for _, where in kept))
+        has_own = self.spare_rows is not None and hasattr(self.spare_rows, "__len__")
+        pool = self.spare_rows if has_own else list(self._last_read)
+        spares = iter(()) if encoded else spare_rows(pool, "; ".join(where for _, where in kept))
         for number, row in enumerate(spares):
             where = f"{describe_row(row, number)}, in place of rows that cannot be read"
             try:
@@ -187,11 +194,17 @@ class VideoSFTCollator:
                 break
             except BadMediaError as error:
                 bad.append(error)
+        if not encoded and has_own and not len(self.spare_rows):
+            raise ValueError(
+                f"No row of a batch can be read, and in evaluation none takes its place. Leave it out: {bad[-1]}"
+            ) from bad[-1]
         if not encoded:
             raise ValueError(
                 f"None of {len(bad)} rows one after the other can be read, so this is no matter of single videos; the "
                 f"last one: {bad[-1]}"
             ) from bad[-1]
+        if self.on_bad_video == "skip" and not has_own:
+            self._last_read.extend(row for row, _, _ in encoded)
         if not self._has_flat_videos:
             encoded = self._equal_frames(encoded)
         return [where for _, where, _ in encoded], [output for _, _, output in encoded], num_skipped

@@ -41,7 +41,8 @@ class VideoSFTConfig(TrainingArguments):
         blank_image_position: None, or where rows of text get a black image (see `VideoSFTCollator`).
         processor_kwargs: Given to the processor for every row, for example `{"min_frames": 64, "max_frames": 512}`.
         on_bad_video: "raise", or "skip" to go on without rows whose videos or images cannot be read. These are logged
-            (`skipped_rows`) and listed in `bad_videos.jsonl` of `output_dir`.
+            (`skipped_rows`) and listed in `bad_videos.jsonl` of `output_dir`. In a batch of such rows alone others of
+            training stand in; evaluation stops at one.
         encoded_features_dir: Folder for encoded videos; they are read from there from the second epoch on, and by
             other runs with the same frozen encoder and the same settings. Tower and connector must be frozen. None
             decodes and encodes videos each time.

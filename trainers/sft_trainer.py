@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import is_datasets_available, logging
 
 from longvideo.trainers.adapters import check_adapter
-from longvideo.trainers.bad_media import BadMediaLog
+from longvideo.trainers.bad_media import BadMediaLog, without_spares
 from longvideo.trainers.batch_checks import BatchFacts, GradientGuard, check_batch, check_loss
 from longvideo.trainers.checkpoints import (
     check_adapter_weights,
@@ -228,6 +228,23 @@ class VideoSFTTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupedRows(size, lengths=lengths, seed=seed)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Make the loader of evaluation, in which no row stands in for one that cannot be read."""
+        with without_spares(self):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """Make the loader of prediction, in which no row stands in for one that cannot be read."""
+        with without_spares(self):
+            return super().get_test_dataloader(test_dataset)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Brings a batch to the device; DeepSpeed's rounding of floats to 16 bits spares the values of coordinates."""
+        ready = super()._prepare_input(data)
+        if isinstance(data, Mapping) and "coordinate_values" in data:
+            ready["coordinate_values"] = data["coordinate_values"].to(self.args.device)
+        return ready
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, is_peft = resume_from_checkpoint, is_peft_model(self.model)
         if is_peft and os.path.isfile(os.path.join(folder, "adapter_config.json")):
@@ -402,6 +419,11 @@ class VideoSFTTrainer(Trainer):
 
     def _part_rates(self, logged: float) -> dict[str, float]:
         groups = self.optimizer.param_groups
+        if "initial_lr" not in groups[0]:
+            # reduce_lr_on_plateau knows no peaks; it lowers the rates where they stand.
+            rates = {group["part"]: group["lr"] for group in groups if "part" in group}
+            named = {f"learning_rate_{part}": rate for part, rate in rates.items()}
+            return named if len(set(rates.values())) > 1 else {}
         peaks = {group["part"]: group["initial_lr"] for group in groups if "part" in group}
         if len(set(peaks.values())) < 2:
             return {}

@@ -81,6 +81,27 @@ def test_batch_without_a_good_row_takes_another_one(processor, mixed):
         VideoSFTCollator(processor, on_bad_video="skip")(mixed[1:2])
 
 
+def test_streams_take_the_last_good_row_again(processor, mixed):
+    """A stream cannot be asked for another row; neither can a collator that was given none."""
+    for spares in (None, iter(mixed)):
+        collator = VideoSFTCollator(processor, on_bad_video="skip", with_facts=True, spare_rows=spares)
+        with pytest.raises(ValueError, match="None of 1 rows"):
+            collator(mixed[1:2])
+        collator([mixed[0]])
+        collator([mixed[3]])
+        facts = collator(mixed[1:2])["batch_facts"]
+        assert "in place of rows that cannot be read" in facts.rows[0] and facts.num_skipped == 1
+
+
+def test_evaluation_takes_no_row_of_training(tmp_path, processor, mixed):
+    trainer = short_run(tmp_path, tiny_crosslmm_model(), processor, [mixed[0]], on_bad_video="skip")
+    assert len(trainer.data_collator.spare_rows) == 1
+    for loader in (trainer.get_eval_dataloader(mixed[1:2]), trainer.get_test_dataloader(mixed[1:2])):
+        with pytest.raises(ValueError, match=r"in evaluation none takes its place.*'broken'"):
+            next(iter(loader))
+    assert len(trainer.data_collator.spare_rows) == 1
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_epoch_with_bad_videos(tmp_path, processor, mixed, num_workers):
     args = {

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -380,3 +381,35 @@ def test_unknown_recipes(tmp_path):
     path.write_text("a: 1", encoding="utf-8")
     with pytest.raises(ValueError, match=r"empty.yaml is no recipe: expected a mapping with `stages`"):
         load_recipe(str(path))
+
+
+def test_rates_that_fall_on_a_plateau_are_logged(tmp_path):
+    """The scheduler of that name notes no first rates in the optimizer."""
+    args = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = short_run(
+        tmp_path,
+        tiny_videochat_flash_model(),
+        tiny_videochat_flash_processor(),
+        toy_rows(3),
+        metric_for_best_model="eval_loss",
+        learning_rate=1e-3,
+        connector_learning_rate=1e-4,
+        **args,
+    )
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert (entry["learning_rate_language_model"], entry["learning_rate_connector"]) == (1e-3, 1e-4)
+
+
+def test_deepspeed_rounds_no_coordinates(tmp_path, monkeypatch):
+    trainer = short_run(tmp_path, tiny_videochat_flash_model(), tiny_videochat_flash_processor(), toy_rows(1))
+    config = SimpleNamespace(dtype=lambda: torch.bfloat16)
+    plugin = SimpleNamespace(hf_ds_config=config)
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    monkeypatch.setattr(trainer, "accelerator", SimpleNamespace(state=state))
+    batch = {"coordinate_values": torch.tensor([[0.333]]), "pixel_values": torch.tensor([[0.333]])}
+    ready = trainer._prepare_input(batch)
+    assert ready["pixel_values"].dtype == torch.bfloat16 and torch.equal(
+        ready["coordinate_values"], torch.tensor([[0.333]])
+    )
