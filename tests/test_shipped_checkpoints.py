@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import longvideo
 from longvideo.evaluation import answer_grounding, answer_questions
@@ -41,6 +42,31 @@ def test_it_answers_questions(name: str, tmp_path, capsys) -> None:
     assert summary["all"]["num"] == 24
     # By chance six of 24 are right; sixteen or more would happen once in 50,000 times.
     assert summary["all"]["num_correct"] >= 16, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(set(SHIPPED) - ASKED_OTHERWISE))
+def test_it_takes_one_image(name: str) -> None:
+    folder = longvideo.tiny_checkpoint(name)
+    picture = Image.new("RGB", (80, 50), (200, 40, 40))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Which colour does the ring have ?"}]
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"return_tensors": "pt"},
+    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    answer = model.generate(**inputs, max_new_tokens=3)[0, inputs["input_ids"].shape[1] :]
+    assert 1 <= len(answer) <= 3
+
+
+def test_the_image_pipeline_takes_the_default_checkpoint() -> None:
+    pipe = pipeline("image-text-to-text", model=longvideo.tiny_checkpoint("videochat_flash"), device="cpu")
+    content = [{"type": "image", "image": Image.new("RGB", (80, 50))}, {"type": "text", "text": "What is it ?"}]
+    [answer] = pipe(text=[{"role": "user", "content": content}], max_new_tokens=3)
+    assert answer["generated_text"][-1]["role"] == "assistant"
 
 
 def test_it_finds_times_and_places(tmp_path, capsys) -> None:

@@ -45,8 +45,11 @@ def build_videochat_flash() -> tuple[PreTrainedModel, ProcessorMixin]:
         initializer_range=INIT_STD,
     )
     processor = VideoChatFlashProcessor(
+        # One tile per image: its 32 tokens form no square, which a grid of tiles needs.
         image_processor=VideoChatFlashImageProcessor(
-            size=side, image_grid_pinpoints=[[FRAME_SIZE * i, FRAME_SIZE * j] for i in (1, 2) for j in (1, 2)]
+            size=side,
+            image_aspect_ratio="pad",
+            image_grid_pinpoints=[[FRAME_SIZE * i, FRAME_SIZE * j] for i in (1, 2) for j in (1, 2)],
         ),
         tokenizer=tokenizer,
         video_processor=VideoChatFlashVideoProcessor(size=side, min_frames=NUM_FRAMES, max_frames=NUM_FRAMES),

@@ -109,7 +109,12 @@ class VideoChatFlashImageProcessor(ImageInputs, TorchvisionBackend):
             tiles_NCHW, grid = image_CHW[None], (0, 0)
             if do_resize:
                 tiles_NCHW, grid = self.tile_image(
-                    image_CHW, size=size, ratio=ratio, pinpoints=image_grid_pinpoints, resample=resample
+                    image_CHW,
+                    size=size,
+                    ratio=ratio,
+                    pinpoints=image_grid_pinpoints,
+                    resample=resample,
+                    image_mean=image_mean,
                 )
             tiles.append(
                 self.rescale_and_normalize(tiles_NCHW, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
@@ -123,7 +128,14 @@ class VideoChatFlashImageProcessor(ImageInputs, TorchvisionBackend):
         return BatchFeature(data=data, tensor_type=return_tensors)
 
     def tile_image(
-        self, image_CHW: torch.Tensor, *, size: Any, ratio: str, pinpoints: list | None = None, resample: Any = None
+        self,
+        image_CHW: torch.Tensor,
+        *,
+        size: Any,
+        ratio: str,
+        pinpoints: list | None = None,
+        resample: Any = None,
+        image_mean: Any = None,
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         """Resize one image and cut it into tiles.
 
@@ -133,6 +145,7 @@ class VideoChatFlashImageProcessor(ImageInputs, TorchvisionBackend):
             ratio: One of `ASPECT_RATIOS`.
             pinpoints: Candidate (width, height) pairs in pixels, None for all up to 6 x 6 tiles.
             resample: PIL filter, None for bicubic.
+            image_mean: Colour of the bars of "pad", from 0 to 1, one value or one per channel; None for the class's.
 
         Returns:
             (tiles, C, height, width), the whole picture first, and (rows, cols) of the grid, (0, 0) without one.
@@ -148,8 +161,10 @@ class VideoChatFlashImageProcessor(ImageInputs, TorchvisionBackend):
         chosen = int(resample) if resample is not None else int(PILImageResampling.BICUBIC)
         if ratio == "pad":
             scale = 255 if image_CHW.dtype == torch.uint8 else 1
-            color = [int(channel * scale) if scale > 1 else channel for channel in self.image_mean]
-            image_CHW = pad_to_square(image_CHW, color[: image_CHW.shape[0]])
+            mean = self.image_mean if image_mean is None else image_mean
+            channels = [mean] * image_CHW.shape[0] if isinstance(mean, int | float) else mean[: image_CHW.shape[0]]
+            color = [int(channel * scale) if scale > 1 else channel for channel in channels]
+            image_CHW = pad_to_square(image_CHW, color)
         whole_NCHW = resize_exact(image_CHW[None], height, width, resample=chosen)
         if ratio != "anyres_nopad":
             return whole_NCHW, (0, 0)

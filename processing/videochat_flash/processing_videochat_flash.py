@@ -1,5 +1,6 @@
 """The processor of VideoChat-Flash: messages with videos and images to model inputs."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -142,8 +143,18 @@ class VideoChatFlashProcessor(VisualProcessor, ProcessorMixin):
 
         Returns:
             Its placeholders and a line break.
+
+        Raises:
+            ValueError: The image has a grid of tiles whose tokens do not form squares.
         """
         rows, cols = (int(value) for value in image_inputs["image_grids"][image_idx])
+        if rows * cols and math.isqrt(self.tokens_per_tile) ** 2 != self.tokens_per_tile:
+            raise ValueError(
+                f"An image became a grid of {rows} x {cols} tiles, but the {self.tokens_per_tile} tokens of a tile "
+                f"(tokens_per_frame {self.tokens_per_frame} x mm_local_num_frames {self.mm_local_num_frames}) do not "
+                'form a square, which a grid needs. Pass image_aspect_ratio="pad" or "square", or set it in the image '
+                "processor: one tile per image."
+            )
         return self.image_token * ((1 + rows * cols) * self.tokens_per_tile) + "\n"
 
     def replace_video_token(self, video_inputs: Mapping, video_idx: int, **kwargs: Any) -> str:

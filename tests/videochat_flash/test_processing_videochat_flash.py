@@ -1,5 +1,6 @@
 """Messages with videos and images to model inputs: frames, times, pixels, placeholders, errors."""
 
+import copy
 import http.server
 import threading
 from functools import partial
@@ -358,6 +359,26 @@ def test_image_tiles_are_the_picture_and_its_grid():
     grid = (inputs["pixel_values"][1:] * 255).round()
     # The picture has exactly the size of its grid, so that every tile keeps its grey.
     assert [tile.unique().tolist() for tile in grid] == [[40.0 * index] for index in range(6)]
+
+
+@pytest.mark.parametrize("mean", [[0.0, 0.0, 0.0], 0.0])
+def test_bars_have_the_mean_colour_of_the_call(mean):
+    options = {"image_aspect_ratio": "pad", "image_mean": mean, "image_std": [1.0, 1.0, 1.0]}
+    processor = VideoChatFlashImageProcessor(size={"height": SIDE, "width": SIDE})
+    pixels = processor(Image.new("RGB", (64, 32), (255, 255, 255)), return_tensors="pt", **options)["pixel_values"]
+    assert pixels[0, :, 0, 0].tolist() == [0.0, 0.0, 0.0]
+    # White up to the rounding of 255 / 255.
+    assert torch.allclose(pixels[0, :, SIDE // 2, 0], torch.ones(3), atol=1e-6)
+
+
+def test_a_grid_of_tiles_without_squares_is_refused_before_the_model(processor):
+    tiled = copy.deepcopy(processor)
+    tiled.tokens_per_frame = 2
+    image = Image.new("RGB", (3 * SIDE, 2 * SIDE))
+    with pytest.raises(ValueError, match=r"8 tokens of a tile .* do not form a square.*image_aspect_ratio=\"pad\""):
+        tiled(images=[image], text="<|image_pad|>Why?")
+    tiled.image_processor.image_aspect_ratio = "pad"
+    assert tiled(images=[image], text="<|image_pad|>Why?")["input_ids"][0].count(tiled.image_token_id) == 8
 
 
 def test_several_images_of_a_sample_are_padded_to_squares(processor):
