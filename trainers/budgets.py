@@ -240,7 +240,7 @@ class RowBudget:
             New messages, or None when the row fits.
 
         Raises:
-            ValueError: The row is too large with the fewest frames.
+            ValueError: The row is too large with the fewest frames, or with the only number that the model takes.
         """
         counts: list[int] | None = list(frames)
         if self.max_frames is not None and frames:
@@ -252,7 +252,14 @@ class RowBudget:
                 )
         if self.max_length is not None:
             counts = self._fit_tokens(counts, num_text, where)
-        return None if counts == list(frames) else limit_frames(messages, counts, self.processor, self.call)
+        if counts == list(frames):
+            return None
+        if getattr(self.processor, "has_fixed_num_frames", False):
+            raise ValueError(
+                f"{where} is too large for max_length={self.max_length} or max_frames_per_row={self.max_frames} with "
+                f"{list(frames)} frames per video, and this model takes no fewer. Allow more, or leave the row out."
+            )
+        return limit_frames(messages, counts, self.processor, self.call)
 
     def _fit_tokens(self, counts: list[int], num_text: int, where: str) -> list[int]:
         room = self.max_length - num_text

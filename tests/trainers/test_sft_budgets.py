@@ -122,24 +122,26 @@ def test_frames_of_all_videos_of_a_row_share_the_room(crosslmm):
 def test_frame_budget_of_every_architecture(name):
     processor = UNITS[name][0]()
     rows = [colour_row("red", num_frames=12), colour_row("blue", num_frames=4)]
-    batch = VideoSFTCollator(processor, max_frames_per_row=5)(rows)
     expected = {"videochat_flash": [4, 4], "longvu": [5, 4], "crosslmm": [5, 4]}.get(name)
     if expected is None:
-        # Videos of one batch are stacked, each with as many frames as become whole units.
-        assert batch["pixel_values_videos"].shape[:2] == (2, 3)
-    else:
-        assert batch["video_num_frames"].tolist() == expected
+        with pytest.raises(ValueError, match=r"'red-12'\) is too large .*row=5 with \[6\] frames .* takes no fewer"):
+            VideoSFTCollator(processor, max_frames_per_row=5)(rows)
+        return
+    batch = VideoSFTCollator(processor, max_frames_per_row=5)(rows)
+    assert batch["video_num_frames"].tolist() == expected
     assert (batch["labels"] != IGNORE_INDEX).any(1).all()
 
 
-def test_token_budget_of_a_row_thins_the_other_rows_of_a_stacked_batch():
+def test_a_model_with_one_number_of_frames_takes_no_fewer():
+    """Thinned out, the model would refuse them: LLaVA-ST takes `num_frames` of every video."""
     processor = tiny_llava_st_processor()
     rows = [colour_row("red", answer="red" * 12), colour_row("blue")]
     full = VideoSFTCollator(processor)(rows)
     assert full["pixel_values_videos"].shape[:2] == (2, 6)
-    batch = VideoSFTCollator(processor, max_length=full["input_ids"].shape[1] - 1)(rows)
-    assert batch["pixel_values_videos"].shape[:2] == (2, 3)
-    assert batch["input_ids"].shape[1] < full["input_ids"].shape[1] - 1
+    length = full["input_ids"].shape[1]
+    assert VideoSFTCollator(processor, max_length=length)(rows)["pixel_values_videos"].shape[:2] == (2, 6)
+    with pytest.raises(ValueError, match=rf"'red-\d+'\) is too large for max_length={length - 1} .*takes no fewer"):
+        VideoSFTCollator(processor, max_length=length - 1)(rows)
 
 
 def test_clips_stay_whole():
