@@ -146,7 +146,8 @@ class LlavaSTVocabularyMixin:
             return self.coordinates.rows("input")
         embedding, start = self.get_input_embeddings(), self.config.coordinate_token_start
         ids = torch.arange(start, start + self.config.num_coordinate_tokens, device=embedding.weight.device)
-        return embedding(ids)
+        # As a batch of one: hooks of training, such as the noise of NEFTune, expect (B, S).
+        return embedding(ids[None])[0]
 
     def output_rows(self, output_rows: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the rows by which coordinate tokens are predicted, all axes.

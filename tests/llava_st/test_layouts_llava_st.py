@@ -295,3 +295,19 @@ def test_tables_that_do_not_fit_the_configuration_are_refused():
     config.num_temporal_tokens = 7
     with pytest.raises(ValueError, match=r"ids 275 to 291, but text_config\.vocab_size is 291"):
         LlavaSTForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noise_on_embeddings(layout):
+    """NEFTune's hook counts positions and widths, so it takes batches only."""
+
+    def add_noise(module, args, output):
+        return output + torch.rand(output.shape) * 5 / (output.size(1) * output.size(2)) ** 0.5
+
+    model = tiny_llava_st_model(coordinate_layout=layout).train()
+    inputs = question(model.config)
+    handle = model.get_input_embeddings().register_forward_hook(add_noise)
+    noisy = model(**inputs, labels=inputs["input_ids"])
+    noisy.loss.backward()
+    handle.remove()
+    assert noisy.loss.isfinite() and not torch.equal(model(**inputs).logits, noisy.logits)
