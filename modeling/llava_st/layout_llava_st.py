@@ -5,6 +5,7 @@ Everything else asks `LlavaSTVocabularyMixin`, so both layouts compute the same.
 Shapes: M rows of one table, C rows of all three axes together, D language width, V rows of embedding and head.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,18 +46,49 @@ class LlavaSTCoordinates(nn.Module):
         return torch.cat([read_weight(getattr(self, f"{axis}_{side}")) for axis in AXES])
 
 
-def read_weight(module: nn.Module) -> torch.Tensor:
-    """Returns the weight of a module that is read outside its own forward pass.
+def read_weight(module: nn.Module, start: int = 0, count: int | None = None) -> torch.Tensor:
+    """Returns rows of the weight of a module that is read outside its own forward pass.
 
     Args:
         module: a linear map or an embedding, maybe wrapped by PEFT, maybe offloaded by accelerate.
+        start: first row.
+        count: number of rows, None for all from the first one on.
 
     Returns:
-        Its weight; PEFT's wrapper of single rows merges them in by itself.
+        Its rows, with what active adapters add; PEFT's wrapper of single rows merges them in by itself.
+
+    Raises:
+        ValueError: an adapter whose rows cannot be told: anything but LoRA of a linear map.
     """
+    rows = slice(start, None if count is None else start + count)
     weight = module.weight
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    return weights_map["weight"] if weight.is_meta and weights_map is not None else weight
+    weight = weights_map["weight"] if weight.is_meta and weights_map is not None else weight
+    return _with_adapters(module, weight[rows], rows)
+
+
+def _with_adapters(module: nn.Module, weight: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Adds what adapters of PEFT that are active and not merged add to rows of a weight."""
+    if "peft" not in sys.modules:
+        return weight
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(module, BaseTunerLayer) or module.disable_adapters or module.merged:
+        return weight
+    lora_a, lora_b = getattr(module, "lora_A", {}), getattr(module, "lora_B", {})
+    for name in module.active_adapters:
+        if not any(name in getattr(module, part) for part in module.adapter_layer_names):
+            continue
+        if name not in lora_a or name in getattr(module, "lora_variant", {}):
+            raise ValueError(
+                f"The adapter {name!r} changes rows of coordinates, which position embeddings of videos and images "
+                "read too, in a way that they cannot follow. On the head use plain LoRA (no DoRA), modules_to_save or "
+                "trainable_token_indices, on tables of coordinates modules_to_save; or leave that module out."
+            )
+        # Only these rows: the whole product would be as large as the head.
+        added = lora_b[name].weight[rows] @ lora_a[name].weight * module.scaling[name]
+        weight = weight + added.to(weight)
+    return weight
 
 
 def _check_tables(state: dict[str, torch.Tensor], config: LlavaSTConfig, width: int) -> None:

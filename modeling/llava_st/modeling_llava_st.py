@@ -330,8 +330,7 @@ class LlavaSTForConditionalGeneration(LlavaSTLayoutMixin, LlavaSTPreTrainedModel
         config = self.config
         if self.model.coordinates is not None or not config.num_coordinate_tokens:
             return None
-        start = config.coordinate_token_start
-        return read_weight(self.lm_head)[start : start + config.num_coordinate_tokens]
+        return read_weight(self.lm_head, config.coordinate_token_start, config.num_coordinate_tokens)
 
     def get_video_features(self, pixel_values_videos: torch.Tensor, **kwargs) -> LlavaSTVisionOutput:
         """Encodes videos, see `LlavaSTModel.get_video_features`."""

@@ -290,6 +290,30 @@ def test_single_rows_of_coordinates_can_be_trained():
     assert all(p.grad.abs().sum() > 0 for p in deltas)
 
 
+def test_position_embeddings_see_lora_on_the_head():
+    peft = pytest.importorskip("peft")
+    model = tiny_llava_st_model()
+    inputs = question(model.config)
+    torch.manual_seed(5)
+    settings = {"r": 4, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings)).eval()
+    rows = model.output_rows()
+    rows.sum().backward()
+    assert model.lm_head.lora_B["default"].weight.grad[275:].abs().sum() > 0
+    with torch.no_grad(), adapted.disable_adapter():
+        before, plain = model.output_rows().clone(), adapted(**inputs).logits
+    with torch.no_grad():
+        wanted = adapted(**inputs).logits
+        assert not torch.allclose(rows, before) and not torch.allclose(wanted, plain)
+        adapted.merge_adapter()
+        # Sums in another order, as in the next line.
+        torch.testing.assert_close(model.output_rows(), rows, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(adapted(**inputs).logits, wanted, atol=1e-4, rtol=1e-4)
+    other = peft.get_peft_model(tiny_llava_st_model(), peft.LoraConfig(**settings, use_dora=True))
+    with pytest.raises(ValueError, match=r"'default' changes rows of coordinates.*no DoRA"), torch.no_grad():
+        other(**inputs)
+
+
 def test_tables_that_do_not_fit_the_configuration_are_refused():
     config = tiny_llava_st_config()
     config.num_temporal_tokens = 7
