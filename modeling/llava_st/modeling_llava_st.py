@@ -201,7 +201,8 @@ class LlavaSTModel(LlavaSTVisionMixin, LlavaSTVocabularyMixin, LlavaSTPreTrained
 
         Args:
             input_ids: (B, S), or None with `inputs_embeds`.
-            inputs_embeds: (B, S, D); visual and template tokens are found by their embeddings.
+            inputs_embeds: (B, S, D); visual and template tokens are found by their embeddings, and by their place in
+                whole blocks where several have the same one.
             coordinate_values: (B, S) value in [0, 1] at every template token; without, templates keep their own rows.
             features: what `collect_features` returns.
             required: whether visual positions without features are an error, where there are ids.
@@ -210,7 +211,7 @@ class LlavaSTModel(LlavaSTVisionMixin, LlavaSTVocabularyMixin, LlavaSTPreTrained
             (B, S, D).
 
         Raises:
-            ValueError: positions, features and values that do not agree.
+            ValueError: positions, features and values that do not agree, or embeddings that fit several tokens.
         """
         config, features = self.config, features or {"image": None, "video": None}
         ids = input_ids
@@ -219,7 +220,15 @@ class LlavaSTModel(LlavaSTVisionMixin, LlavaSTVocabularyMixin, LlavaSTPreTrained
         elif coordinate_values is None and all(x is None for x in features.values()):
             return inputs_embeds
         else:
-            ids, required = recover_ids(inputs_embeds, self.get_input_embeddings(), config), False
+            kinds = [kind for kind, found in features.items() if found is not None]
+            ids = recover_ids(
+                inputs_embeds,
+                self.get_input_embeddings(),
+                config,
+                kinds=kinds,
+                with_values=coordinate_values is not None,
+            )
+            required = False
         inputs_embeds = place_features(inputs_embeds, ids, features, config, required=required)
         if coordinate_values is None or not config.num_coordinate_tokens:
             return inputs_embeds

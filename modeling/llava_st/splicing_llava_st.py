@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, D language width, V visual tokens, N positions of one block.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from longvideo.modeling.layers.placeholders import find_placeholders, scatter_features
@@ -43,25 +45,77 @@ def count_features(config: LlavaSTConfig, kind: str) -> int:
     return config.num_slow_positions + (config.num_fast_positions if config.splice_fast_stream else 0)
 
 
-def recover_ids(inputs_embeds: torch.Tensor, embedding: torch.nn.Module, config: LlavaSTConfig) -> torch.Tensor:
+def recover_ids(
+    inputs_embeds: torch.Tensor,
+    embedding: torch.nn.Module,
+    config: LlavaSTConfig,
+    *,
+    kinds: Sequence[str] = ("image", "video"),
+    with_values: bool = True,
+) -> torch.Tensor:
     """Finds visual and template tokens among embeddings, where there are no ids.
+
+    Tokens that no training has touched have equal rows: in the released weights those of images and of the slow block.
+    They are told apart by their places in whole blocks.
 
     Args:
         inputs_embeds: (B, S, D).
         embedding: the input embedding.
         config: model configuration.
+        kinds: kinds of visuals that features were given for, of "image" and "video".
+        with_values: whether template tokens are wanted.
 
     Returns:
         (B, S) int64 ids, -1 for all other tokens.
+
+    Raises:
+        ValueError: embeddings that fit several tokens also by their place.
     """
     ids = torch.full(inputs_embeds.shape[:2], -1, dtype=torch.long, device=inputs_embeds.device)
-    names = [*VISUAL_NAMES["image"], *VISUAL_NAMES["video"]]
-    if config.num_coordinate_tokens:
-        names += TEMPLATE_NAMES
-    for name in names:
-        wanted = token_id(config, name)
-        ids[find_placeholders(wanted, inputs_embeds=inputs_embeds, embedding=embedding)] = wanted
-    return ids
+    templates = [token_id(config, name) for name in TEMPLATE_NAMES] if config.num_coordinate_tokens else []
+    visuals = [token_id(config, name) for names in VISUAL_NAMES.values() for name in names]
+    shared: dict[int, list[int]] = {}  # the first token with a row: all tokens with it
+    for wanted in [*visuals, *templates]:
+        mask = find_placeholders(wanted, inputs_embeds=inputs_embeds, embedding=embedding)
+        first = int(ids[mask][0]) if mask.any() else -1
+        if first >= 0:
+            shared.setdefault(first, [first]).append(wanted)
+        else:
+            ids[mask] = wanted
+    return _tell_by_place(ids, shared, config, kinds, templates if with_values else []) if shared else ids
+
+
+def _tell_by_place(
+    ids: torch.Tensor, shared: dict[int, list[int]], config: LlavaSTConfig, kinds: Sequence[str], templates: list[int]
+) -> torch.Tensor:
+    """Writes the ids of whole blocks, and of single templates, where tokens share a row and so have one id."""
+    first_of = {token: first for first, tokens in shared.items() for token in tokens}
+    blocks = [block_ids(config, kind) for kind in kinds]
+    looks = [[first_of.get(token, token) for token in block] for block in blocks]
+    advice = "Their embeddings are equal in these weights; pass input_ids in place of inputs_embeds."
+    told = []
+    for row in ids.tolist():
+        place = 0
+        while place < len(row):
+            fitting = [
+                block
+                for block, look in zip(blocks, looks, strict=True)
+                if row[place] == look[0] and row[place : place + len(look)] == look
+            ]
+            if len(fitting) > 1:
+                raise ValueError(f"Position {place} may begin an image or a video. {advice}")
+            if fitting:
+                row[place : place + len(fitting[0])] = fitting[0]
+                place += len(fitting[0])
+                continue
+            if row[place] in shared:
+                found = [token for token in shared[row[place]] if token in templates]
+                if len(found) > 1:
+                    raise ValueError(f"Position {place} may hold {len(found)} kinds of coordinates. {advice}")
+                row[place] = found[0] if found else -1
+            place += 1
+        told.append(row)
+    return torch.tensor(told, dtype=ids.dtype, device=ids.device)
 
 
 def mark_blocks(input_ids: torch.Tensor, config: LlavaSTConfig, kind: str) -> torch.Tensor:

@@ -208,6 +208,36 @@ def test_embeddings_in_place_of_ids(model):
         model(**inputs, inputs_embeds=embeds)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("parts", [("video", 3), ("image", 3), (2, "image", 1, "video", "image", 4)])
+def test_embeddings_of_tokens_with_equal_rows(parts):
+    """The release trained none of the rows of images and of the slow block."""
+    model = tiny_llava_st_model(splice_fast_stream=False)
+    names = ("image_start", "image", "image_end", "slow_video_start", "slow_video_end", "temporal_input")
+    rows = model.get_input_embeddings().weight
+    rows[[token_id(model.config, name) for name in names]] = rows[20:40].mean(0)
+    inputs = prompt(model.config, *parts, ("temporal_input", 0.3), 2)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    others = {name: x for name, x in inputs.items() if name != "input_ids"}
+    assert torch.equal(model(inputs_embeds=embeds, **others).logits, model(**inputs).logits)
+    rows[token_id(model.config, "height_input")] = rows[token_id(model.config, "temporal_input")]
+    with pytest.raises(ValueError, match=r"2 kinds of coordinates.*pass input_ids in place of inputs_embeds"):
+        model(inputs_embeds=embeds, **others)
+    # Without values there is nothing to tell.
+    del others["coordinate_values"], inputs["coordinate_values"]
+    assert torch.equal(model(inputs_embeds=embeds, **others).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_embeddings_that_may_be_an_image_or_a_video():
+    model = tiny_llava_st_model()
+    model.get_input_embeddings().weight[259:275] = 1.0
+    inputs = prompt(model.config, "image", "image", "video", 2)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with pytest.raises(ValueError, match="Position 0 may begin an image or a video"):
+        model(inputs_embeds=embeds, **inputs)
+
+
 # ---------------------------------------------------------------- generation
 
 
