@@ -104,6 +104,35 @@ class LlavaSTVisionMixin:
         factors = {"spatial_factor": config.spatial_factor, "temporal_factor": config.temporal_factor}
         return pool_reduced(reduced_FPD, **factors)
 
+    def _tie_in_idle(
+        self, pooled: list[torch.Tensor], features_FPD: torch.Tensor, *, fast_only: bool
+    ) -> list[torch.Tensor]:
+        """Lets packers that add nothing to a batch get gradients of zero; values stay.
+
+        Processes that share gradients wait for those of every parameter, and for every layer to be run.
+
+        Args:
+            pooled: (V, D) of each video or image.
+            features_FPD: what the idle packers would get, of which one frame is enough: (F, P1, D) with `fast_only`,
+                otherwise (F, P, D).
+            fast_only: whether the other two packers have run.
+
+        Returns:
+            The same, tied to the idle packers.
+
+        Source: `llava_arch.py`, which adds the packers' results times zero.
+        """
+        if not (pooled and self.training and torch.is_grad_enabled() and self.config.use_packer):
+            return pooled
+        layers = [self.packer.fast] if fast_only else [self.packer.spatial, self.packer.temporal, self.packer.fast]
+        if not any(p.requires_grad for layer in layers for p in layer.parameters()):
+            return pooled
+        frame = features_FPD[:1].detach()
+        if not fast_only:
+            frame = self.packer.spatial(frame)
+        results = [layer(frame).mean() for layer in layers if layer is not self.packer.spatial]
+        return [pooled[0] + 0.0 * sum(results).to(pooled[0]), *pooled[1:]]
+
     def _encode_frames(
         self, frames: torch.Tensor, parts: LapeParts | None, *, reduce: bool, keep: bool, **kwargs
     ) -> tuple[torch.Tensor, LlavaSTVisionOutput]:
@@ -183,6 +212,8 @@ class LlavaSTVisionMixin:
             torch.cat([fast.flatten(0, 1), slow.flatten(0, 1)]) if with_fast else slow.flatten(0, 1)
             for fast, slow in streams
         ]
+        if not with_fast:
+            output.pooler_output = self._tie_in_idle(output.pooler_output, reduced, fast_only=True)
         if output_tower_features:
             output.reduced = reduced
             output.fast, output.slow = [fast for fast, _ in streams], [slow for _, slow in streams]
@@ -221,6 +252,6 @@ class LlavaSTVisionMixin:
             slow = [self._streams(x[None], False)[1] for x in features]
             if output_tower_features:
                 output.reduced, output.slow = features, slow
-            features = torch.cat(slow)
-        output.pooler_output = list(features)
+            reduced, features = features, torch.cat(slow)
+        output.pooler_output = self._tie_in_idle(list(features), reduced if small else features, fast_only=small)
         return output

@@ -418,6 +418,31 @@ def test_every_parameter_gets_a_finite_gradient(layout):
         assert torch.isfinite(parameter.grad).all(), name
 
 
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("options", [{}, {"splice_fast_stream": False}, {"use_downsample_image": True}])
+def test_packers_that_add_nothing_get_gradients_of_zero(options, kind):
+    """Processes that share gradients wait for those of every parameter."""
+    if kind == "video" and "use_downsample_image" in options:
+        options = {"splice_fast_stream": False, "num_temporal_tokens": 0, "num_spatial_tokens": 0}
+    model = tiny_llava_st_model(**options)
+    inputs = prompt(model.config, 2, kind, 4)
+    quiet = model(**inputs).logits
+    model.train()
+    output = model(**inputs, labels=inputs["input_ids"])
+    assert torch.equal(output.logits, quiet)
+    output.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    is_whole = kind == "video" and model.config.splice_fast_stream
+    assert any(p.grad.any() for p in model.model.packer.fast.parameters()) == is_whole
+    # What is frozen is not run for it.
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.model.packer.requires_grad_(False)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is None for parameter in model.model.packer.parameters())
+
+
 def test_gradient_checkpointing_changes_nothing():
     gradients = []
     for checkpointing in (False, True):
