@@ -200,7 +200,7 @@ def answer_item(
     path: Path,
     *,
     form: str = "open",
-    num_frames: int = NUM_FRAMES,
+    num_frames: int | None = None,
     visual_dropout: bool | None = None,
 ) -> list[Answered]:
     """Answers the questions about one video.
@@ -211,13 +211,14 @@ def answer_item(
         item: scene and questions.
         path: the scene as a video file.
         form: "open" or "letter".
-        num_frames: frames to sample.
+        num_frames: frames to sample; None takes those of `default_frames`.
         visual_dropout: passed to the model; None leaves it as configured.
 
     Returns:
         One result per question.
     """
     texts = [q.multiple_choice if form == "letter" else q.question for q in item.questions]
+    num_frames = default_frames(model, processor) if num_frames is None else num_frames
     inputs, prompts = prompt_ids(processor, path, texts, num_frames)
     encoded = encode_first_video(model, inputs)
     results = []
@@ -272,7 +273,7 @@ def evaluate(
     seed: int = 0,
     kinds: Iterable[str] | None = None,
     size: int = 128,
-    num_frames: int = NUM_FRAMES,
+    num_frames: int | None = None,
     visual_dropout: bool | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Answered]:
@@ -287,7 +288,7 @@ def evaluate(
         seed: first scene.
         kinds: kinds to ask; default all.
         size: side of the videos in pixels.
-        num_frames: frames to sample.
+        num_frames: frames to sample; None takes those of `default_frames`.
         visual_dropout: passed to the model; None leaves it as configured.
         progress: called with the number of answered questions and their total.
 
@@ -332,7 +333,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="first scene (default 0)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=None, help="kinds of questions (default all)")
     parser.add_argument("--size", type=int, default=128, help="side of the videos in pixels (default 128)")
-    parser.add_argument("--num-frames", type=int, default=NUM_FRAMES, help=f"sampled frames (default {NUM_FRAMES})")
+    parser.add_argument(
+        "--num-frames",
+        type=int,
+        default=None,
+        help=f"sampled frames (default {NUM_FRAMES}, or the number that the model takes of every video)",
+    )
     parser.add_argument("--visual-dropout", choices=("config", "on", "off"), default="config")
     parser.add_argument("--dtype", default="float32", help="float32 (default), bfloat16, float16 or auto")
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
@@ -386,13 +392,19 @@ def load_checkpoint(
     return model.eval(), processor
 
 
+def default_frames(model: PreTrainedModel, processor: ProcessorMixin) -> int:
+    """Number of frames to sample: that of the model, where it takes the same of every video, otherwise NUM_FRAMES."""
+    return model.config.num_frames if getattr(processor, "has_fixed_num_frames", False) else NUM_FRAMES
+
+
 def run(args: argparse.Namespace) -> int:
     """Loads the model, answers, prints the table; returns the exit code."""
     model, processor = load_checkpoint(args.model, dtype=args.dtype, device=args.device)
     if args.visual_dropout != "config" and "visual_dropout" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"{type(model).__name__} has no visual dropout; leave --visual-dropout out.")
+    num_frames = default_frames(model, processor) if args.num_frames is None else args.num_frames
     settings = {"form": args.form, "split": args.split, "seed": args.seed, "size": args.size}
-    settings |= {"num_frames": args.num_frames, "kinds": args.kinds}
+    settings |= {"num_frames": num_frames, "kinds": args.kinds}
     dropout = {"config": None, "on": True, "off": False}[args.visual_dropout]
     start = time.perf_counter()
     results = evaluate(model, processor, args.num, **settings, visual_dropout=dropout, progress=show_progress)
@@ -400,9 +412,7 @@ def run(args: argparse.Namespace) -> int:
     summary = summarize(results)
     print(format_table(summary))
     print(f"chance 25.0 %; {args.split} questions with four options; form: {args.form}; score: sum of the")
-    print(
-        f"log-probabilities of answer and end token; {args.num_frames} frames; visual dropout: {args.visual_dropout};"
-    )
+    print(f"log-probabilities of answer and end token; {num_frames} frames; visual dropout: {args.visual_dropout};")
     print(f"{len({result.video for result in results})} videos, {seconds:.0f} s")
     if args.json:
         told = {**settings, "visual_dropout": args.visual_dropout, "num": args.num, "chance": 1 / NUM_OPTIONS}

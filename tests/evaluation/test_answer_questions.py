@@ -8,6 +8,7 @@ import torch
 from longvideo.evaluation.answer_questions import (
     Answered,
     answer_item,
+    default_frames,
     encode_first_video,
     evaluate,
     format_table,
@@ -21,6 +22,8 @@ from longvideo.evaluation.answer_questions import (
 from longvideo.evaluation.corpus import balanced_items, write_video
 from longvideo.evaluation.metrics import wilson_interval
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_llava_st import tiny_llava_st_model
+from tests.tiny_llava_st_processor import tiny_llava_st_processor
 from tests.tiny_longvu import tiny_longvu_model
 from tests.tiny_longvu_processor import tiny_longvu_processor
 
@@ -150,6 +153,14 @@ def test_questions_of_a_video_do_not_mix(model, processor, item, video) -> None:
             assert alone.scores == pytest.approx(together[place].scores, abs=2e-3)
             assert together[place].chosen == max(range(4), key=together[place].scores.__getitem__)
             assert together[place].truth == question.answer_index
+
+
+@torch.no_grad()
+def test_models_of_a_fixed_number_of_frames_get_that_number(model, processor, item, video) -> None:
+    assert default_frames(model, processor) == 16
+    fixed = tiny_llava_st_model(), tiny_llava_st_processor()
+    assert default_frames(*fixed) == fixed[0].config.num_frames == 6
+    assert len(answer_item(*fixed, item, video)) == len(item.questions)
 
 
 def test_evaluation_is_deterministic_and_complete(longvu, monkeypatch) -> None:
