@@ -171,6 +171,12 @@ def test_coordinates_stay_exact_in_half_precision(checkpoint, video):
     )
     assert tensors["pixel_values_videos"].dtype == torch.bfloat16
     assert values == pytest.approx([0.001, 0.5], abs=1e-6)
+    inputs = half.processor(text="from <t0.919> on", return_tensors="pt")
+    inputs["other"] = torch.ones(1)
+    moved = inputs.to("cpu", torch.bfloat16)
+    assert moved is inputs and moved["other"].dtype == torch.bfloat16
+    assert moved["coordinate_values"].dtype == torch.float32
+    assert float(moved["coordinate_values"].max()) == pytest.approx(0.919, abs=1e-6)
 
 
 def test_streaming_shows_coordinates_and_no_end_mark(pipe, video, say):

@@ -18,7 +18,8 @@ from longvideo.processing.llava_st.coordinate_text_llava_st import (
     values_of_text,
     variables_of_prompts,
 )
-from longvideo.processing.llava_st.grounding_llava_st import parse_grounding
+from longvideo.processing.llava_st.grounding_llava_st import GroundingResult, parse_grounding
+from longvideo.processing.llava_st.inputs_llava_st import LlavaSTInputs
 from longvideo.processing.llava_st.messages_llava_st import prepare_messages, write_placeholders
 from longvideo.processing.llava_st.tasks_llava_st import task_messages
 from longvideo.processing.llava_st.tokenizer_llava_st import TEMPLATE_TOKENS, VISUAL_TOKENS, coordinate_token_fields
@@ -159,9 +160,9 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
                 one), `clip_coordinates`, `return_tensors`, `return_metadata`.
 
         Returns:
-            `input_ids`, `attention_mask`, `coordinate_values` (the value at every template token, 0 elsewhere),
-            `pixel_values_videos`, `pixel_values`; with `return_metadata` also `video_metadata` and `image_sizes`, a
-            list of (width, height) in pixels.
+            `input_ids`, `attention_mask`, `coordinate_values` (the value at every template token, 0 elsewhere; `to`
+            leaves them float32), `pixel_values_videos`, `pixel_values`; with `return_metadata` also `video_metadata`
+            and `image_sizes`, a list of (width, height) in pixels.
 
         Raises:
             ValueError: Placeholders and items differ in number, a coordinate has no value or one outside of 0 to 1, a
@@ -177,7 +178,7 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
             outputs["image_sizes"] = [(int(width), int(height)) for width, height in sizes]
         if "input_ids" in outputs and values is not None:
             outputs["coordinate_values"] = self.place_values(outputs["input_ids"], values)
-        return outputs
+        return LlavaSTInputs(outputs.data)
 
     def read_values(self, text: Any, variables: Any, clip: bool) -> list[list[float]] | None:
         """List the values of the coordinates of prompts.
