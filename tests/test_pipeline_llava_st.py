@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import longvideo  # noqa: F401  registers the task
 from longvideo.pipelines import VideoQuestionAnsweringPipeline
-from longvideo.processing.llava_st.grounding_llava_st import Box, Span
+from longvideo.processing.llava_st.grounding_llava_st import Box, GroundingResult, Span
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
 from tests.tiny_llava_st import tiny_llava_st_model
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
@@ -246,3 +246,21 @@ def test_tasks_need_a_visual_of_known_length_and_a_model_that_has_them(pipe, vid
     with pytest.raises(ValueError, match="VideoChatFlashProcessor has no tasks for times and places"):
         plain(video, QUESTION, grounding_task="tvg")
     assert "grounding" not in plain(video, QUESTION, **NEW)
+
+
+def test_a_model_without_coordinates_answers_in_words(video):
+    plain = VideoQuestionAnsweringPipeline(
+        model=tiny_llava_st_model(num_temporal_tokens=0, num_spatial_tokens=0),
+        processor=tiny_llava_st_processor(0, 0),
+        device="cpu",
+    )
+    result = plain(video, QUESTION, **NEW)
+    assert result["answer"] and "grounding" not in result
+    pieces = list(plain(video, QUESTION, stream=True, **NEW))
+    assert "".join(pieces).strip() == result["answer"]
+    with pytest.raises(ValueError, match=r"grounding_task cannot be used: .* with coordinates"):
+        plain(video, QUESTION, grounding_task="tvg")
+    # Asked by hand there is nothing to read but the text, whatever it says.
+    read = plain.processor.post_process_grounding
+    assert read("from {0.1,0.2} on", durations=SECONDS) == GroundingResult("from {0.1,0.2} on")
+    assert read(["yes", "no"], durations=SECONDS) == [GroundingResult("yes"), GroundingResult("no")]

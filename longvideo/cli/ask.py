@@ -203,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
 
     import longvideo
     from longvideo.pipelines import load_pipeline
+    from longvideo.pipelines.grounding import answers_with_places
 
     model = args.model
     if model is None:
@@ -223,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
     call = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | task_arguments(args)
     call |= ask_rounds.arguments(args)
     in_rounds = ask_rounds.check_model(pipe, args)
-    if args.draw and not in_rounds and not hasattr(pipe.processor, "post_process_grounding"):
+    if args.draw and not in_rounds and not answers_with_places(pipe.processor):
         kind = pipe.model.config.model_type
         raise ValueError(f"--draw needs a model that answers with times and boxes; '{model}' is a {kind} model.")
     if dropout is not None:

@@ -1,8 +1,8 @@
 """Questions for times and places, and answers that hold them, for processors that know both.
 
 Nothing here knows an architecture. What is used: `apply_task` of the processor, which writes the question of a task,
-`post_process_grounding`, which reads times and boxes out of an answer, and `seen_period`, which says what part of the
-source their times are fractions of.
+`post_process_grounding`, which reads times and boxes out of an answer, `num_temporal_tokens`, 0 where answers hold
+none, and `seen_period`, which says what part of the source their times are fractions of.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,8 @@ class Source:
 
 def answers_with_places(processor: Any) -> bool:
     """Tell whether times and boxes can be read out of the answers of a processor's model."""
-    return hasattr(processor, "post_process_grounding")
+    # A checkpoint of an early stage has the method, and no tokens for coordinates yet.
+    return hasattr(processor, "post_process_grounding") and processor.num_temporal_tokens > 0
 
 
 def hidden_ids(processor: Any, generation_config: Any) -> frozenset[int] | None:
@@ -110,10 +111,10 @@ def check_task(processor: Any, given: Mapping[str, Any]) -> None:
     named = [name for name in TASK_KEYS if given.get(name) is not None]
     if not named:
         return
-    if not hasattr(processor, "apply_task"):
+    if not (hasattr(processor, "apply_task") and answers_with_places(processor)):
         raise ValueError(
             f"{' and '.join(named)} cannot be used: {type(processor).__name__} has no tasks for times and places. "
-            "Ask a question in words, or use a LLaVA-ST checkpoint."
+            "Ask a question in words, or use a LLaVA-ST checkpoint with coordinates."
         )
     if given.get("grounding_task") is None:
         raise ValueError(f"{' and '.join(named)} came without grounding_task=..., whose question would hold it.")

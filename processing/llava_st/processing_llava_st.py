@@ -465,12 +465,14 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
 
         Returns:
             `GroundingResult`, or a list of them when there are several answers. What cannot be read stands in
-            `malformed` with the reason.
+            `malformed` with the reason. Without coordinate tokens (stage 1) there is nothing to read but the text.
 
         Raises:
             ValueError: Sizes or durations differ in number from the answers, or cannot be.
         """
         texts, is_single = answer_texts(self.tokenizer, outputs)
+        if not self.num_temporal_tokens:
+            return GroundingResult(texts[0]) if is_single else [GroundingResult(text) for text in texts]
         sources = answer_sources(len(texts), sizes=sizes, durations=durations, starts=starts, metadata=metadata)
         counts = {"num_temporal": self.num_temporal_tokens, "num_spatial": self.num_spatial_tokens}
         results = [

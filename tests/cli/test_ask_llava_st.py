@@ -136,6 +136,17 @@ def test_models_without_places(run, tmp_path):
     assert code == 2 and "has no tasks for times and places" in err
 
 
+def test_a_model_without_coordinates_answers_in_words(run, tmp_path):
+    tiny_llava_st_model(num_temporal_tokens=0, num_spatial_tokens=0).save_pretrained(tmp_path)
+    tiny_llava_st_processor(0, 0).save_pretrained(tmp_path)
+    code, out, err = run("What is this?", "--json", model=str(tmp_path))
+    assert code == 0, err
+    report = json.loads(out)
+    assert "answer" in report and "grounding" not in report
+    code, _, err = run("the dog", "--draw", "out.png", model=str(tmp_path))
+    assert code == 2 and "needs a model that answers with times and boxes" in err
+
+
 def test_the_embedded_model_for_tasks(run, checkpoint, say, monkeypatch):
     say(TUBE)
     monkeypatch.setattr(longvideo, "tiny_checkpoint", lambda name: checkpoint if name == "llava_st" else None)
