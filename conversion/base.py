@@ -42,6 +42,7 @@ from longvideo.conversion.destination import (
 )
 from longvideo.conversion.joins import CutCheckpoint, Join, JoinedCheckpoint, cut_shapes
 from longvideo.conversion.key_map import KeyMap, collapse_numbers
+from longvideo.conversion.native_settings import build_native_config, carry_settings, changed_settings, list_settings
 from longvideo.conversion.originals import (
     ORIGINAL_FOLDER,
     keep_originals,
@@ -136,7 +137,7 @@ def convert_checkpoint(
     ):
         original = conversion.complete_config(original, stored.infos, options=chosen, source=source)
         conversion.check_parts(original, part_configs, stored.infos)
-        config = conversion.build_config(original, part_configs)
+        config = build_native_config(conversion, original, part_configs)
         checkpoint = JoinedCheckpoint(stored, conversion.joins(config))
         report = ConversionReport("forward", conversion.name, source.name, DTYPES.get(dtype, "keep"))
         report.notes += checkpoint.notes
@@ -211,7 +212,12 @@ def reverse_checkpoint(
         report = ConversionReport("reverse", conversion.name, source.name, DTYPES.get(dtype, "keep"))
         report.joined = checkpoint.pieces
         shapes = native_shapes(conversion, config)
-        check_kept_config(conversion, config, shapes, source, checkpoint.infos, rename)
+        completed = completed_config(conversion, config, original, checkpoint.infos, rename)
+        if (source / ORIGINAL_FOLDER / "config.json").is_file():
+            report.notes += check_kept_config(conversion, config, shapes, source, completed, part_configs)
+        else:
+            original, notes = carry_settings(conversion, config, original, completed, part_configs)
+            report.notes += notes
         expected = cut_shapes({rename(name): shape for name, shape in shapes.items()}, joins)
         plan_rows(report, checkpoint, rename, expected)
         settle_tied_weights(report, checkpoint, config, rename)
@@ -318,25 +324,36 @@ def cut_checkpoint(
     return CutCheckpoint(stored, native, tied)
 
 
+def completed_config(
+    conversion: ArchitectureConversion,
+    config: "PreTrainedConfig",
+    original: dict[str, Any],
+    infos: Mapping[str, TensorInfo],
+    rename: Callable[[str], str | None],
+) -> dict[str, Any]:
+    """Return an original config as conversion would complete it by the headers that are about to be written."""
+    renamed = {}
+    for name, info in infos.items():
+        with suppress(KeyError):
+            renamed[str(rename(name))] = info
+    return conversion.complete_config(original, renamed, options=conversion.options_of(config))
+
+
 def check_kept_config(
     conversion: ArchitectureConversion,
     config: "PreTrainedConfig",
     now: dict[str, tuple[int, ...]],
     source: Path,
-    infos: Mapping[str, TensorInfo],
-    rename: Callable[[str], str | None],
-) -> None:
-    """Raise ValueError if the original config that was kept describes a model of other sizes than the native one."""
+    original: dict[str, Any],
+    parts: Mapping[str, dict[str, Any]],
+) -> list[str]:
+    """Raise ValueError if the original config that was kept describes a model of other sizes than the native one.
+
+    Returns notes on settings that were changed since: the config that was kept is given back as it is.
+    """
     kept = source / ORIGINAL_FOLDER
-    if not (kept / "config.json").is_file():
-        return
-    original, parts = restored_configs(conversion, config, source)
-    renamed = {}
-    for name, info in infos.items():
-        with suppress(KeyError):
-            renamed[str(rename(name))] = info
-    original = conversion.complete_config(original, renamed, options=conversion.options_of(config))
-    was = native_shapes(conversion, conversion.build_config(original, parts))
+    back = build_native_config(conversion, original, parts)
+    was = native_shapes(conversion, back)
     changed = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     if changed:
         raise ValueError(
@@ -344,6 +361,13 @@ def check_kept_config(
             f"{was.get(changed[0])} against {now.get(changed[0])}). Remove the folder {ORIGINAL_FOLDER} to have the "
             "original config written anew."
         )
+    settings = list_settings(changed_settings(config.to_dict(), back.to_dict()))
+    if not settings:
+        return []
+    return [
+        f"the original config is given back as it was kept and does not hold what config.json says now: "
+        f"{', '.join(settings)}. Remove the folder {ORIGINAL_FOLDER} to have it written anew."
+    ]
 
 
 def finish(

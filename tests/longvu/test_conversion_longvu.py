@@ -401,6 +401,24 @@ def test_a_fine_tuned_model_without_the_kept_originals_goes_back(tmp_path: Path)
     assert again["text_config"]["rope_parameters"] == tuned["text_config"]["rope_parameters"]
 
 
+def test_rules_without_words_in_the_original_come_back(tmp_path: Path) -> None:
+    rules = {
+        "temporal_reduction": "paper",
+        "stc_anchor": "middle",
+        "dino_position_interpolation": "size",
+        "forced_removal": True,
+        "max_kept_frames": 7,
+    }
+    tiny_longvu_model(**rules).save_pretrained(tmp_path / "tuned")
+    report = reverse_checkpoint(tmp_path / "tuned", tmp_path / "back")
+    [note] = [note for note in report.notes if "has no words for" in note]
+    assert "temporal_reduction='paper'" in note and "original_behaviour=False" in note
+    convert_checkpoint(tmp_path / "back", tmp_path / "again")
+    again = AutoConfig.from_pretrained(tmp_path / "again")
+    assert {name: getattr(again, name) for name in rules} == rules
+    assert again.original_behaviour is False
+
+
 def test_missing_fields_have_the_fallbacks_of_the_original_code(tmp_path: Path) -> None:
     names = ("dino_threshold", "drop_threshold", "lowres_token", "inference_max_length", "frame_pos", "highres")
     bare = {name: value for name, value in QWEN_7B.items() if name not in {*names, "query_num_list"}}

@@ -238,11 +238,50 @@ def test_a_fine_tuned_model_without_the_kept_originals_goes_back(tmp_path: Path)
     convert_checkpoint(tmp_path / "back", tmp_path / "again")
     assert_same_bits(read_weights(tmp_path / "again"), read_weights(tmp_path / "tuned"))
     again, tuned = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("again", "tuned"))
-    for config in (again, tuned):
-        del config["vision_config"]["initializer_range"]  # has no place in the original config
     for name in ("vision_config", "mm_llm_compress", "tokens_per_frame", "llm_compress_layer_list"):
         assert again[name] == tuned[name], name
     assert again["text_config"]["rope_parameters"] == tuned["text_config"]["rope_parameters"]
+
+
+def test_settings_without_words_in_the_original_come_back(tmp_path: Path) -> None:
+    config = tiny_videochat_flash_config(vision_chunk_size=3, projector_hidden_act="relu")
+    config.vision_config.position_grid_size = 6
+    torch.manual_seed(0)
+    model = VideoChatFlashForConditionalGeneration(config).eval()
+    model.save_pretrained(tmp_path / "tuned")
+    report = reverse_checkpoint(tmp_path / "tuned", tmp_path / "back")
+    [note] = [note for note in report.notes if "has no words for" in note]
+    for setting in ("vision_config.position_grid_size=6", "projector_hidden_act='relu'", "vision_chunk_size=3"):
+        assert setting in note
+    convert_checkpoint(tmp_path / "back", tmp_path / "again")
+    again = VideoChatFlashForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert again.config.vision_chunk_size == 3 and again.config.vision_config.position_grid_size == 6
+    pixels = torch.randn(1, 4, 3, 32, 32)
+    with torch.no_grad():
+        found, expected = (x.get_video_features(pixels).pooler_output[0] for x in (again, model))
+    assert torch.equal(found, expected)
+
+
+def test_settings_changed_beside_the_kept_config_are_named(tmp_path: Path) -> None:
+    write_original(tmp_path / "original")
+    convert_checkpoint(tmp_path / "original", tmp_path / "native")
+    report = reverse_checkpoint(tmp_path / "native", tmp_path / "back")
+    assert not any("as it was kept" in note or "has no words for" in note for note in report.notes), report.notes
+    path = tmp_path / "native" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mm_llm_compress": True}))
+    report = reverse_checkpoint(tmp_path / "native", tmp_path / "again")
+    [note] = [note for note in report.notes if "as it was kept" in note]
+    assert "mm_llm_compress=True" in note
+
+
+def test_a_wrong_entry_of_native_settings_is_refused(tmp_path: Path) -> None:
+    write_original(tmp_path / "original")
+    path = tmp_path / "original" / "config.json"
+    given = json.loads(path.read_text())
+    for value, message in ((3, "expected an object"), ({"tokens_per_frame": "many"}, "do not fit videochat_flash")):
+        path.write_text(json.dumps({**given, "longvideo_settings": value}))
+        with pytest.raises(ValueError, match=f"longvideo_settings.*{message}"):
+            convert_checkpoint(tmp_path / "original", tmp_path / "native")
 
 
 def test_kept_original_config_of_another_size_is_refused(tmp_path: Path) -> None:
