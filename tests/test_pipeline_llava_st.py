@@ -186,6 +186,18 @@ def test_streaming_shows_coordinates_and_no_end_mark(pipe, video, say):
     assert stream.result["answer"] == TUBE and len(stream.result["grounding"].tubes) == 1
 
 
+def test_the_pipeline_of_transformers_shows_coordinates(pipe, video, say):
+    say(TUBE)
+    plain = pipeline("image-text-to-text", model=pipe.model, processor=pipe.processor)
+    blocks = [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]
+    result = plain(text=[{"role": "user", "content": blocks}], return_full_text=False, **NEW)
+    assert result[0]["generated_text"] == TUBE
+    ids = pipe.processor.tokenizer(f"<|im_start|>{TUBE}<|im_end|>", return_tensors="pt")["input_ids"]
+    decode = pipe.processor.post_process_image_text_to_text
+    assert decode(ids) == [TUBE] and decode(ids[0]) == TUBE
+    assert decode(ids, skip_special_tokens=False) == [f"<|im_start|>{TUBE}<|im_end|>"]
+
+
 def test_lists_chats_and_several_questions(pipe, video, monkeypatch):
     single = pipe(video, QUESTION, **NEW)
     chat = [{"role": "user", "content": [{"type": "video", "video": video}, {"type": "text", "text": QUESTION}]}]

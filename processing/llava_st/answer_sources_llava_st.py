@@ -1,15 +1,27 @@
 """Answers of a batch with the sizes and durations of the sources that they speak about."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def answer_texts(tokenizer: Any, outputs: Any) -> tuple[list[str], bool]:
+from longvideo.processing.shared.frame_sampling import spread_indices
+
+# Containers round the times of frames to milliseconds.
+ROUNDING_SECONDS = 2e-3
+AXIS_MARKS = ("<TEMP-", "<HEIGHT-", "<WIDTH-")
+
+
+def answer_texts(
+    tokenizer: Any, outputs: Any, *, hidden: Collection[int] = (), keep_blanks: bool = False, **kwargs: Any
+) -> tuple[list[str], bool]:
     """Decode answers with their coordinates.
 
     Args:
         tokenizer: The tokenizer.
         outputs: Text, texts, token ids, or a (B, S) tensor of them.
+        hidden: Ids that are left out beside those that end and fill rows.
+        keep_blanks: Whether blanks around the texts stay.
+        **kwargs: Passed to `decode`.
 
     Returns:
         The texts, and whether there was one answer, not a list.
@@ -19,15 +31,31 @@ def answer_texts(tokenizer: Any, outputs: Any) -> tuple[list[str], bool]:
     rows = outputs.tolist() if hasattr(outputs, "tolist") else list(outputs)
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
     is_single = bool(rows) and all(isinstance(row, int) for row in rows)
-    padding = {tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+    left_out = {tokenizer.pad_token_id, tokenizer.eos_token_id, *hidden}
 
     def decode(row: Any) -> str:
         if isinstance(row, str):
             return row
         # Coordinates are special tokens, so only what ends and fills rows is left out.
-        return tokenizer.decode([entry for entry in row if entry not in padding], skip_special_tokens=False).strip()
+        kept = [entry for entry in row if entry not in left_out]
+        text = tokenizer.decode(kept, skip_special_tokens=False, **kwargs)
+        return text if keep_blanks else text.strip()
 
     return [decode(row) for row in ([rows] if is_single else rows)], is_single
+
+
+def marks_of(tokenizer: Any) -> set[int]:
+    """List the special tokens that are no coordinates: ends, chat marks, positions of visuals.
+
+    Args:
+        tokenizer: The tokenizer.
+
+    Returns:
+        Their ids.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    marks = {token for token, entry in added if entry.special and not entry.content.startswith(AXIS_MARKS)}
+    return marks | set(tokenizer.all_special_ids)
 
 
 def answer_sources(

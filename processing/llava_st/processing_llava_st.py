@@ -10,7 +10,12 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from longvideo.processing.llava_st import register as _register
-from longvideo.processing.llava_st.answer_sources_llava_st import answer_sources, answer_texts, seen_period
+from longvideo.processing.llava_st.answer_sources_llava_st import (
+    answer_sources,
+    answer_texts,
+    marks_of,
+    seen_period,
+)
 from longvideo.processing.llava_st.coordinate_text_llava_st import (
     COORDINATE,
     align_values,
@@ -441,6 +446,17 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
             them): `start` and `duration` of `apply_task` and of `post_process_grounding`.
         """
         return seen_period(metadata)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str | list[str]:
+        """Decode as upstream does, with coordinates, which are special tokens too; arguments as upstream."""
+        if not skip_special_tokens:
+            return super().post_process_image_text_to_text(generated_outputs, skip_special_tokens=False, **kwargs)
+        # Callers tell the answer from the prompt by the length of its text.
+        kwargs.update(hidden=marks_of(self.tokenizer), keep_blanks=True)
+        texts, is_single = answer_texts(self.tokenizer, generated_outputs, **kwargs)
+        return texts[0] if is_single else texts
 
     def post_process_grounding(
         self,
