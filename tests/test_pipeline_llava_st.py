@@ -157,6 +157,23 @@ def test_a_question_and_its_answer_mean_the_same_seconds(pipe, tmp_path, say):
         assert found.spans[0].start == pytest.approx(second, abs=0.0035), (start, end)
 
 
+def test_seconds_of_a_variable_frame_rate_are_those_of_its_frames(pipe, tmp_path, say):
+    times = [index / 8 for index in range(24)] + [3.0 + index for index in range(24)]
+    clip = str(make_video(tmp_path / "vfr.mp4", 48, 8, size=(WIDTH, HEIGHT), codec="libx264", times=times))
+    # Frames 0, 9, 19, 28, 38 and 47 are seen; the second token of six stands for place 9.4, the fourth for 28.2.
+    say(TUBE, "{<t0.255><t0.766>}")
+    found = pipe(clip, QUESTION, grounding_task="stvg")["grounding"]
+    assert (found.spans[0].start, found.spans[0].end) == pytest.approx((1.125 + 0.4 / 8, 7.2), abs=1e-3)
+    assert found.tubes[0].times == pytest.approx((1.175,), abs=1e-3)
+    row = {"video": clip, "question": "it"}
+    values = prompt_of(pipe, row, grounding_task="svg", span=(1.5, 15.0))[1]
+    # A question holds three digits; 1.5 s is frame 12 of 47, 15 s frame 36.
+    assert values == pytest.approx([12 / 47, 36 / 47], abs=5e-4)
+    back = pipe(clip, QUESTION)["grounding"].spans[0]
+    # Three digits of 47 places, of which the later ones are a second each.
+    assert (back.start, back.end) == pytest.approx((1.5, 15.0), abs=0.05)
+
+
 def test_the_event_that_was_asked_for_begins_where_the_question_says(pipe, video, say):
     say("Ends in <TEMP-004>, it jumps. <TEMP-003>:[<WIDTH-000><HEIGHT-001><WIDTH-002><HEIGHT-004>]")
     found = pipe(video, grounding_task="elc", span=1.2, box=(0, 0, 10, 10))["grounding"]

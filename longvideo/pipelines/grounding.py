@@ -27,6 +27,8 @@ class Source:
         start: second of the source at which these begin.
         event_start: second at which the event that was asked for begins, where the question said it.
         end: second at which the video, or its cut, is over; its last frame is shown until then.
+        metadata: of the video, which tells more than duration and start where its frame rate varies; None for a
+            picture.
     """
 
     task: str | None = None
@@ -35,6 +37,7 @@ class Source:
     start: float = 0.0
     event_start: float | None = None
     end: float | None = None
+    metadata: Any = None
 
 
 def answers_with_places(processor: Any) -> bool:
@@ -156,7 +159,7 @@ def task_messages(
                 "A span in seconds needs to know how long the video is, which an array does not say: pass "
                 "video_metadata={'fps': ...}."
             )
-        options.update(size=facts.size, duration=facts.duration, start=facts.start)
+        options.update(size=facts.size, duration=facts.duration, start=facts.start, metadata=facts.metadata)
         if len(options.get("span_seconds", ())) == 2:
             options["span_seconds"] = _to_last_frame(options["span_seconds"], facts)
     messages = processor.apply_task(given["grounding_task"], **{kind: block}, query=query, **options)
@@ -196,7 +199,7 @@ def find_facts(processor: Any, kind: str, block: Mapping[str, Any], video_metada
             return Source(size=_frame_size(source), start=start or 0.0)
     begin, seconds = processor.seen_period(facts)
     over = None if facts.duration is None else (start or 0.0) + facts.duration
-    return Source(size=(facts.width, facts.height), duration=seconds, start=begin, end=over)
+    return Source(size=(facts.width, facts.height), duration=seconds, start=begin, end=over, metadata=facts)
 
 
 def _picture_size(image: Any) -> tuple[float, float]:
@@ -249,7 +252,7 @@ def describe_source(processor: Any, encoded: Mapping[str, Any], task: str | None
     for facts in encoded.get("video_metadata") or ():
         size = (facts.width, facts.height) if facts.width and facts.height else None
         start, seconds = processor.seen_period(facts)
-        return Source(task, size, seconds, start, event_start)
+        return Source(task, size, seconds, start, event_start, metadata=facts)
     for size in encoded.get("image_sizes", ()):
         return Source(task, tuple(int(side) for side in size))
     return Source(task)
@@ -268,5 +271,5 @@ def read_answer(processor: Any, answer: str, source: Source) -> Any:
     """
     extra = {} if source.event_start is None else {"event_start": source.event_start}
     return processor.post_process_grounding(
-        answer, sizes=source.size, durations=source.duration, starts=source.start, task=source.task, **extra
+        answer, sizes=source.size, metadata=source.metadata, task=source.task, **extra
     )

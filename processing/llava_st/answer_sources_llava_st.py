@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 
 from longvideo.processing.shared.frame_sampling import spread_indices
 
@@ -71,7 +72,8 @@ def answer_sources(
         metadata: Video metadata, one for all answers or one per answer, for what is None of the above.
 
     Returns:
-        `size`, `duration` and `start` of each; from metadata the last two are those of `seen_period`.
+        `size`, `duration`, `start` and `timeline` of each; from metadata the last three are those of `seen_period` and
+        `seen_timeline`, the timeline only where duration and start are not given.
 
     Raises:
         ValueError: Numbers of entries and answers differ.
@@ -88,20 +90,23 @@ def answer_sources(
         facts,
         strict=True,
     ):
+        timeline = None
         if known is not None:
+            timeline = seen_timeline(known) if duration is None and start is None else None
             size = (known.width, known.height) if size is None else size
             begin, seconds = seen_period(known)
             duration, start = seconds if duration is None else duration, begin if start is None else start
         if isinstance(size, list | tuple) and None in size:
             size = None
-        listed.append({"size": size, "duration": duration, "start": float(start or 0.0)})
+        listed.append({"size": size, "duration": duration, "start": float(start or 0.0), "timeline": timeline})
     return listed
 
 
 def seen_period(metadata: Any) -> tuple[float, float | None]:
     """Tell which seconds of the source the first and the last time token stand for.
 
-    Frames are taken evenly from the first to the last one, and the k-th of them goes with the k-th time token.
+    Frames are taken evenly from the first to the last one, and the k-th of them goes with the k-th time token. What
+    lies between both ends is the same share of both, or `seen_timeline`.
 
     Args:
         metadata: Of a video, with or without the frames that were taken.
@@ -124,6 +129,38 @@ def seen_period(metadata: Any) -> tuple[float, float | None]:
     elif last is None and duration is not None and metadata.total_num_frames:
         last = first + duration * (metadata.total_num_frames - 1) / metadata.total_num_frames
     return first, float(last - first) if last is not None and last > first else duration
+
+
+def seen_timeline(metadata: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tell which seconds lie between both ends of `seen_period`, where frames do not follow each other evenly.
+
+    Frames are taken evenly by their index, so only the times of frames say which second a fraction stands for.
+
+    Args:
+        metadata: As for `seen_period`.
+
+    Returns:
+        (n,) fractions from 0 to 1 and (n,) seconds of the source, both ascending, with straight lines between; None
+        where one line from end to end does, or the times of frames are not known.
+    """
+    times, indices = getattr(metadata, "frame_times", None), metadata.frames_indices
+    first, length = seen_period(metadata)
+    if times is None or len(times) < 3 or not length or np.any(np.diff(times) < 0):
+        return None
+    places = np.arange(len(times))
+    is_range = indices is not None and len(indices) == len(times) and 0 <= indices[0] <= indices[-1]
+    # Of frames that were chosen unevenly before, the model's k-th one still goes with the k-th time token.
+    if is_range and np.array_equal(indices, spread_indices(int(indices[0]), int(indices[-1]), len(times))):
+        places = np.asarray(indices)
+    if places[0] == places[-1]:
+        return None
+    fractions = (places - places[0]) / (places[-1] - places[0])
+    # Frames that repeat have one time: the middle of their places.
+    seconds, owner = np.unique(times, return_inverse=True)
+    fractions = np.bincount(owner, fractions) / np.bincount(owner)
+    fractions[0], fractions[-1] = 0.0, 1.0
+    is_even = np.abs(np.interp(fractions, (0, 1), seconds[[0, -1]]) - seconds).max() <= ROUNDING_SECONDS
+    return None if is_even else (fractions, np.maximum(seconds, first))
 
 
 def one_per_answer(value: Any, count: int, name: str, *, is_pair: bool = False) -> list[Any]:

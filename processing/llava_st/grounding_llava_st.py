@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from longvideo.processing.llava_st.answer_reader_llava_st import Found, read_answer
 
 TASKS = ("tvg", "tr", "rec", "reg", "dgc", "stvg", "svg", "elc", "dvc")
@@ -89,6 +91,7 @@ def parse_grounding(
     size: tuple[float, float] | Mapping[str, float] | None,
     duration: float | None,
     start: float = 0.0,
+    timeline: tuple[Sequence[float], Sequence[float]] | None = None,
     task: str | None = None,
     event_start: float | None = None,
     num_temporal: int = 100,
@@ -103,6 +106,8 @@ def parse_grounding(
         duration: Seconds from the first to the last frame of what the model saw; None for an image: times are then
             reported as malformed.
         start: Second of the source video at which the first frame lies.
+        timeline: Ascending fractions of the clip, and the seconds of the source video that they stand for, where
+            frames do not follow each other evenly (`seen_timeline`); None for the same share of `duration`.
         task: One of TASKS. It says what captions the answer has, and that all boxes with times are one tube; without
             it both are told from the answer's form.
         event_start: Start in seconds of the event that the question of "elc" named. An answer "Ends in ..." gives the
@@ -127,7 +132,7 @@ def parse_grounding(
     # Chat marks become blanks, so that places in the text stay.
     body = _CHAT_MARK.sub(lambda match: " " * len(match[0]), text)
     found = read_answer(body, num_temporal=num_temporal, num_spatial=num_spatial)
-    items = [_scaled(item, width, height, start, duration) for item in found]
+    items = [_scaled(item, width, height, start, duration, timeline) for item in found]
     task = task or _likely_task(body, items)
     items, tubes = _with_tubes(body, items, one_tube=task in _ONE_TUBE)
     items = _with_event(items, tubes, event_start)
@@ -258,7 +263,14 @@ def _checked_size(size: Any) -> tuple[float, float] | tuple[None, None]:
     return float(pair[0]), float(pair[1])
 
 
-def _scaled(item: Found, width: float | None, height: float | None, start: float, duration: float | None) -> Found:
+def _scaled(
+    item: Found,
+    width: float | None,
+    height: float | None,
+    start: float,
+    duration: float | None,
+    timeline: tuple[Sequence[float], Sequence[float]] | None,
+) -> Found:
     """A structure in seconds and pixels; bad where the length of the clip or the size of the frame is not known."""
     if item.kind == "bad":
         return item
@@ -266,14 +278,17 @@ def _scaled(item: Found, width: float | None, height: float | None, start: float
         return replace(item, kind="bad", value="no duration was given to turn times into seconds")
     if item.kind in ("box", "entry") and (width is None or height is None):
         return replace(item, kind="bad", value="no size was given to turn boxes into pixels")
-    seconds = duration or 0.0
+
+    def seconds(value: float) -> float:
+        return start + value * (duration or 0.0) if timeline is None else float(np.interp(value, *timeline))
+
     if item.kind == "span":
-        return replace(item, value=Span(*(start + value * seconds for value in item.value)))
+        return replace(item, value=Span(*map(seconds, item.value)))
     if item.kind in ("begin", "end"):
-        return replace(item, value=start + item.value * seconds)
+        return replace(item, value=seconds(item.value))
     time, box = item.value if item.kind == "entry" else (0.0, item.value)
     pixels = Box(*(value * side for value, side in zip(box, (width, height) * 2, strict=True)))
-    return replace(item, value=pixels if item.kind == "box" else (start + time * seconds, pixels))
+    return replace(item, value=pixels if item.kind == "box" else (seconds(time), pixels))
 
 
 def _likely_task(body: str, items: Sequence[Found]) -> str | None:

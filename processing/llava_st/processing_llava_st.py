@@ -261,8 +261,8 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
             task: "tvg", "tr", "rec", "reg", "dgc", "stvg", "svg", "elc" or "dvc"; see `tasks_llava_st.TASKS`.
             video: Path, array, or a whole video block of a message, for tasks about videos.
             image: The same for tasks about images.
-            **kwargs: What the task needs: `query`, `span_seconds`, `box`, `duration`, `size`, `start`, `pattern`; see
-                `tasks_llava_st.task_question`.
+            **kwargs: What the task needs: `query`, `span_seconds`, `box`, `duration`, `size`, `start`, or `metadata`
+                in place of the last three, `pattern`; see `tasks_llava_st.task_question`.
 
         Returns:
             Messages for `apply_chat_template`.

@@ -8,6 +8,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from longvideo.processing.llava_st.answer_sources_llava_st import seen_period, seen_timeline
 from longvideo.processing.llava_st.coordinate_text_llava_st import format_coordinate
 
 TUBE_REQUEST = "give the spatial bounding box corresponding to each timestamp in the time period."
@@ -127,6 +130,7 @@ def task_question(
     duration: float | None = None,
     size: Sequence[float] | Mapping[str, float] | None = None,
     start: float = 0.0,
+    metadata: Any = None,
     pattern: int = 0,
     benchmark_style: bool = False,
     clip: bool = False,
@@ -142,6 +146,8 @@ def task_question(
         duration: Seconds from the first to the last frame of what the model sees; needed for times.
         size: (width, height) of the source in pixels, or a mapping with both; needed for boxes.
         start: Second of the source at which the first frame lies.
+        metadata: What `describe_video` says of the video, or an entry of `video_metadata`, in place of `duration` and
+            `start`, and of `size` where that is None. Only this way seconds are right where the frame rate varies.
         pattern: Index into the questions of the task.
         benchmark_style: Whether spans and boxes are written without commas and with blanks around them, as the
             release's benchmark scripts do, and not as its demo does.
@@ -172,6 +178,9 @@ def task_question(
         raise ValueError(f"The query of task {task!r} is empty; write what shall be found.")
     fields = {"query": query if query is not None else known.query}
     whole = {"start": start, "duration": duration, "clip": clip}
+    if metadata is not None:
+        whole.update(zip(("start", "duration"), seen_period(metadata), strict=True), timeline=seen_timeline(metadata))
+        size = (metadata.width, metadata.height) if size is None and metadata.width and metadata.height else size
     if span_seconds is not None:
         fields["span"] = write_span(span_fractions(span_seconds, **whole), benchmark_style=benchmark_style)
     if time_seconds is not None:
@@ -224,7 +233,14 @@ def find_task(task: str) -> Task:
     return TASKS[task]
 
 
-def time_fraction(seconds: float, *, duration: float | None, start: float = 0.0, clip: bool = False) -> float:
+def time_fraction(
+    seconds: float,
+    *,
+    duration: float | None,
+    start: float = 0.0,
+    clip: bool = False,
+    timeline: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> float:
     """Turn a second of the source into a fraction of what the model sees.
 
     Args:
@@ -232,6 +248,8 @@ def time_fraction(seconds: float, *, duration: float | None, start: float = 0.0,
         duration: Seconds from the first to the last frame of what the model sees.
         start: Second of the source at which the first frame lies.
         clip: Whether times outside of it are clipped.
+        timeline: Ascending fractions, and the seconds of the source that they stand for, where frames do not follow
+            each other evenly (`seen_timeline`); None for the same share of `duration`.
 
     Returns:
         Between 0 and 1.
@@ -246,17 +264,25 @@ def time_fraction(seconds: float, *, duration: float | None, start: float = 0.0,
         )
     fraction = (float(seconds) - start) / duration
     if clip and not math.isnan(fraction):
-        return min(max(fraction, 0.0), 1.0)
+        seconds = start + min(max(fraction, 0.0), 1.0) * duration
+        fraction = min(max(fraction, 0.0), 1.0)
     # One part in a million: seconds that were computed from frames may lie a rounding error beyond the end.
     if not -1e-6 <= fraction <= 1 + 1e-6:
         raise ValueError(
             f"The time {seconds:g} s lies outside of the video, which runs from {start:g} s to {start + duration:g} s."
         )
+    if timeline is not None:
+        fraction = float(np.interp(seconds, *reversed(timeline)))
     return min(max(fraction, 0.0), 1.0)
 
 
 def span_fractions(
-    span_seconds: Sequence[float], *, duration: float | None, start: float = 0.0, clip: bool = False
+    span_seconds: Sequence[float],
+    *,
+    duration: float | None,
+    start: float = 0.0,
+    clip: bool = False,
+    timeline: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> tuple[float, float]:
     """Turn a span of the source into fractions of what the model sees.
 
@@ -265,6 +291,7 @@ def span_fractions(
         duration: As for `time_fraction`.
         start: As for `time_fraction`.
         clip: As for `time_fraction`.
+        timeline: As for `time_fraction`.
 
     Returns:
         Start and end between 0 and 1.
@@ -279,7 +306,8 @@ def span_fractions(
         raise ValueError(
             f"The span from {begin:g} s to {end:g} s is reversed or empty; its end must lie after its start."
         )
-    first, last = (time_fraction(second, duration=duration, start=start, clip=clip) for second in (begin, end))
+    whole = {"duration": duration, "start": start, "clip": clip, "timeline": timeline}
+    first, last = (time_fraction(second, **whole) for second in (begin, end))
     if first >= last:
         raise ValueError(f"The span from {begin:g} s to {end:g} s lies outside of the video altogether.")
     return first, last

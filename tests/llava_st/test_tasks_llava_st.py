@@ -2,8 +2,10 @@
 
 import pytest
 
+from longvideo.processing.llava_st.answer_sources_llava_st import answer_sources, seen_period, seen_timeline
 from longvideo.processing.llava_st.coordinate_text_llava_st import find_coordinates
 from longvideo.processing.llava_st.grounding_llava_st import TASKS as ANSWER_TASKS
+from longvideo.processing.llava_st.grounding_llava_st import Span, parse_grounding
 from longvideo.processing.llava_st.tasks_llava_st import (
     TASKS,
     box_fractions,
@@ -12,6 +14,7 @@ from longvideo.processing.llava_st.tasks_llava_st import (
     task_question,
     time_fraction,
 )
+from longvideo.processing.shared.video_io import SourceVideoMetadata
 from tests.tiny_llava_st_processor import tiny_llava_st_processor
 
 VIDEO = {"duration": 20.0}
@@ -76,6 +79,27 @@ def test_start_of_the_part_is_subtracted():
     # The start of a span will do where a begin is needed.
     elc = task_question("elc", span_seconds=(4.0, 9.0), box=BOX, **VIDEO, size={"width": 200, "height": 100})
     assert elc == task_question("elc", **NEEDED["elc"])
+
+
+def test_times_of_frames_that_do_not_follow_each_other_evenly():
+    facts = SourceVideoMetadata(total_num_frames=5, fps=1.0, width=200, height=100, duration=20.0)
+    facts.frame_times = [10.0, 11.0, 12.0, 13.0, 20.0]
+    text = task_question("tr", span_seconds=(11.5, 16.5), metadata=facts)
+    assert "{<TEMP-INPUT0.375>,<TEMP-INPUT0.875>}" in text, "places 1.5 and 3.5 of 4"
+    fractions, seconds = seen_timeline(facts)
+    assert fractions.tolist() == [0, 0.25, 0.5, 0.75, 1] and seconds.tolist() == facts.frame_times
+    assert parse_grounding("{0.375,0.875}", **answer_sources(1, metadata=facts)[0]).spans == (Span(11.5, 16.5),)
+    clipped = task_question("tr", span_seconds=(3.0, 16.5), metadata=facts, clip=True)
+    assert "{<TEMP-INPUT0.000>,<TEMP-INPUT0.875>}" in clipped
+    elc = task_question("elc", time_seconds=13.0, box=(20, 10, 100, 60), metadata=facts)
+    assert "<TEMP-INPUT0.750>" in elc and "<WIDTH-INPUT0.100>" in elc
+    # Frames that repeat have the middle of their places; what was chosen unevenly before counts by its place.
+    facts.frames_indices, facts.frame_times = [0, 0, 7, 9, 9, 30], [1.0, 1.0, 3.0, 5.0, 5.0, 9.0]
+    fractions, seconds = seen_timeline(facts)
+    assert fractions.tolist() == pytest.approx([0, 0.4, 0.7, 1]) and seconds.tolist() == [1.0, 3.0, 5.0, 9.0]
+    # Even ones need none, also where the part begins behind its first frame.
+    facts.frames_indices, facts.frame_times, facts.start = [0, 1, 1, 2, 2, 3], [1.0, 3.0, 3.0, 5.0, 5.0, 7.001], 1.5
+    assert seen_timeline(facts) is None and seen_period(facts) == (1.5, 5.501)
 
 
 def test_ends_and_rounding_errors_of_the_last_frame():
