@@ -36,14 +36,10 @@ from longvideo.processing.llava_st.visual_blocks_llava_st import (
     write_block,
 )
 from longvideo.processing.shared.chat_templates import load_chat_template
-from longvideo.processing.shared.processor_calls import (
-    UNMARKED,
-    check_expanded,
-)
+from longvideo.processing.shared.processor_calls import UNMARKED, check_expanded
 from longvideo.processing.shared.visual_processor import VisualProcessor
 
 CHAT_TEMPLATE = "llava_st"
-# Tokenizers without a limit of their own carry a number of about 1e30.
 
 
 class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
@@ -53,10 +49,11 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
     of the question, with a line break behind. In prompts `<vid_patch>` (or `<video>`) and `<im_patch>` (or `<image>`)
     stand for one visual each.
 
-    Coordinates are written `<t0.3>`, `<w0.5>`, `<h1>`, or with their template token, `<TEMP-INPUT0.300>`. The short
-    forms are OUTPUT in what an assistant says and INPUT everywhere else. Template tokens without a number take theirs
-    from `variables` (as in the release's data: a mapping with lists such as `temporal_input_locations`, one mapping
-    per prompt). `apply_task` turns seconds and pixels into coordinates.
+    Coordinates are written `<t0.3>`, `<w0.5>`, `<h1.0>`, or with their template token, `<TEMP-INPUT0.300>`. The short
+    forms are OUTPUT in what an assistant says and INPUT everywhere else; `<h1>` to `<h6>` are headings of HTML and
+    stay (but `[<w0.5>,<h1>]`). Template tokens without a number take theirs from `variables` (as in the release's
+    data: a mapping with lists such as `temporal_input_locations`, one mapping per prompt). `apply_task` turns seconds
+    and pixels into coordinates.
 
     Everything that the video and the image processor accept can be given at call time (`processor_kwargs` of
     `apply_chat_template`); a video block of a message may carry its own `split` (frames), `video_start`, `video_end`
