@@ -12,10 +12,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from longvideo.modeling.videochat_flash.configuration_videochat_flash import COMPRESS_TYPES, VideoChatFlashConfig
 
+# Decoders whose layers, run one by one, were compared with the whole decoder. Others scale embeddings or residuals
+# outside their layers, or build their layers from other parts.
+UNIFORM_DECODERS = (
+    "cohere",
+    "gemma",
+    "gemma2",
+    "helium",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+)
+# Those of them whose attention `query_row_attention` gives; others turn, cap or leave out positions in their own way.
+ATTENTION_DECODERS = ("gemma", "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "starcoder2")
 UNIFORM_STAGES = {"uniform": None, "attention": 0, "uniform0_attention": 1, "uniform1_attention": 2}
 
 
@@ -53,7 +71,8 @@ def build_plan(
         The plan, or None when nothing is dropped.
 
     Raises:
-        ValueError: unknown keys or type, lists that do not fit each other or the depth of the decoder.
+        ValueError: unknown keys or type, lists that do not fit each other or the depth of the decoder, or a decoder
+            that dropout does not work with.
     """
     if visual_dropout is None:
         visual_dropout = config.mm_llm_compress
@@ -72,7 +91,37 @@ def build_plan(
             ratios=tuple(float(r) for r in wish.get("ratios", config.llm_image_token_ratio_list)),
         )
     _check_plan(plan, config.text_config.num_hidden_layers)
-    return plan if plan.layers else None
+    if not plan.layers:
+        return None
+    _check_decoder(plan, config.text_config)
+    return plan
+
+
+def layer_kind(text_config: PreTrainedConfig, layer_idx: int) -> str:
+    """Says what a decoder layer sees: "full_attention", "sliding_attention" or another kind of its own."""
+    kinds = getattr(text_config, "layer_types", None)
+    if kinds:
+        return kinds[layer_idx]
+    # Without a list every layer has the window of the configuration.
+    return "full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"
+
+
+def _check_decoder(plan: VisualDropoutPlan, text_config: PreTrainedConfig) -> None:
+    scored = [layer for stage, layer in enumerate(plan.layers) if plan.stage_kind(stage) == "attention"]
+    allowed = ATTENTION_DECODERS if scored else UNIFORM_DECODERS
+    if text_config.model_type not in allowed:
+        raise ValueError(
+            f"Visual dropout of type {plan.kind!r} does not work with a decoder of type {text_config.model_type!r}, "
+            f"only with {', '.join(allowed)}. Pass visual_dropout=False"
+            + (", or type 'uniform'." if text_config.model_type in UNIFORM_DECODERS else ".")
+        )
+    for layer in scored:
+        if layer_kind(text_config, layer) != "full_attention":
+            raise ValueError(
+                f"Visual dropout by attention after {layer} layers looks at the next layer, which has "
+                f"{layer_kind(text_config, layer)}: it does not see the whole video. Choose a layer with full "
+                "attention, or type 'uniform'."
+            )
 
 
 def _check_plan(plan: VisualDropoutPlan, num_layers: int) -> None:

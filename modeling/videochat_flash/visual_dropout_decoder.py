@@ -21,6 +21,7 @@ from longvideo.modeling.videochat_flash.visual_dropout import (
     VisualDropoutPlan,
     VisualDropoutStage,
     find_query_rows,
+    layer_kind,
     query_row_attention,
     top_indices,
     uniform_indices,
@@ -104,8 +105,7 @@ class _Decoder:
         self._masks = {}
 
     def _attention_mask(self, layer_idx: int) -> torch.Tensor | None:
-        types = getattr(self.config, "layer_types", None)
-        kind = types[layer_idx] if types else "full_attention"
+        kind = layer_kind(self.config, layer_idx)
         if kind not in self._masks:
             create = create_sliding_window_causal_mask if kind == "sliding_attention" else create_causal_mask
             self._masks[kind] = create(

@@ -5,6 +5,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, Qwen3Config
 
 from longvideo.modeling.videochat_flash.visual_dropout import (
+    ATTENTION_DECODERS,
+    UNIFORM_DECODERS,
     VisualDropoutPlan,
     build_plan,
     find_query_rows,
@@ -339,3 +341,70 @@ def test_static_cache_chunked_prefill_and_attention_maps_are_refused(model):
         model.generate(**inputs, visual_dropout=PLANS[0], prefill_chunk_size=8, max_new_tokens=2)
     with pytest.raises(ValueError, match="Attention maps are not collected"):
         model(**inputs, visual_dropout=PLANS[0], output_attentions=True)
+
+
+# ---------------------------------------------------------------- decoders
+
+OWN_FIELDS = {
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    "mistral": {"sliding_window": None},  # as from version 0.2 on
+    "qwen2_moe": {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4},
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+}
+
+
+def model_with(decoder: str, **fields):
+    """A tiny model with another decoder of four layers."""
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    text = {name: getattr(tiny_text_config(), name) for name in (*shared, "max_position_embeddings")}
+    text |= {"model_type": decoder, "num_hidden_layers": 4, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
+    text |= {"pad_token_id": 0, **OWN_FIELDS.get(decoder, {}), **fields}
+    return tiny_videochat_flash_model(text_config=text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", UNIFORM_DECODERS)
+def test_layers_one_by_one_are_the_decoder(decoder):
+    model, inputs = model_with(decoder), prompt(8, 4, 6, seed=0)
+    for kind in ("uniform", "attention") if decoder in ATTENTION_DECODERS else ("uniform",):
+        keep_all = {"type": kind, "layers": [1, 2], "ratios": [1.0, 1.0, 1.0]}
+        found = model(**inputs, visual_dropout=keep_all).logits
+        assert torch.equal(found, model(**inputs).logits), kind  # the same operations
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ATTENTION_DECODERS)
+def test_scores_are_the_attention_of_the_layer(decoder):
+    model, inputs = model_with(decoder), prompt(4, 4, 6, seed=1)
+    model.set_attn_implementation("eager")
+    shown = model(**inputs, output_attentions=True, output_hidden_states=True)
+    wish = {"type": "attention", "layers": [2], "ratios": [1.0, 0.5]}
+    [stage] = model(**inputs, visual_dropout=wish).visual_dropout
+    expected = shown.attentions[2][0, :, -1, 4:20].mean(0)
+    torch.testing.assert_close(stage.scores[0], expected, atol=1e-6, rtol=1e-5)  # sums in another order
+
+
+@torch.no_grad()
+def test_sliding_windows_of_a_whole_decoder():
+    model, inputs = model_with("mistral", sliding_window=8), prompt(8, 4, 6, seed=0)
+    keep_all = {"type": "uniform", "layers": [1, 2], "ratios": [1.0, 1.0, 1.0]}
+    assert torch.equal(model(**inputs, visual_dropout=keep_all).logits, model(**inputs).logits)
+    new = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(**inputs, **new, visual_dropout=keep_all), model.generate(**inputs, **new))
+    with pytest.raises(ValueError, match="next layer, which has sliding_attention"):
+        model(**inputs, visual_dropout={**keep_all, "type": "attention"})
+
+
+@pytest.mark.parametrize(
+    ("decoder", "kind", "message"),
+    [
+        ("granite", "uniform", r"type 'granite', only with cohere, .*starcoder2\. Pass visual_dropout=False\."),
+        ("olmo2", "attention", "decoder of type 'olmo2', only with gemma, llama"),
+        ("cohere", "uniform0_attention", r"'cohere', only with gemma.*visual_dropout=False, or type 'uniform'"),
+    ],
+)
+def test_decoders_that_were_not_compared_are_refused(decoder, kind, message):
+    model, inputs = model_with(decoder), prompt(4, 4, 6, seed=0)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, visual_dropout={"type": kind, "layers": [1, 2], "ratios": [1.0, 0.5, 0.25]})
+    assert model(**inputs).logits.shape[1] == 26
