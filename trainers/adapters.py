@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 STORED_PREFIX = "base_model.model."
+# Levels that PEFT puts into the names of a model's modules.
+_PEFT_LEVELS = re.compile(r"\.(?:base_layer|original_module|token_adapter|modules_to_save\.\w+)(?=\.)")
 CONNECTOR_CHOICES = (False, True, "lora", "full")
 # Left out: through a matrix of low rank every token's row would change.
 HEAD = "lm_head"
@@ -97,7 +99,8 @@ def load_adapter(
 ) -> "peft.PeftModel":
     """Put a saved adapter on its base model, after looking whether it belongs there.
 
-    `peft.PeftModel.from_pretrained` does the same without looking: names that do not fit are a warning there.
+    `peft.PeftModel.from_pretrained` does the same without looking: names that do not fit are a warning there, or
+    nothing at all.
 
     Args:
         model: The base model, as `from_pretrained` gives it.
@@ -180,6 +183,7 @@ def _check_weights(model: nn.Module, folder: str, weights: str, settings: dict[s
                 f"The adapter in {folder} has a matrix of {found} features for {match[1]!r}, which has {expected} in "
                 f"this {type(model).__name__}: it belongs to a model of another size. {hint}"
             )
+    _check_whole_weights(model, folder, stored, settings, hint)
     targets = settings.get("target_modules")
     if isinstance(targets, str):
         absent = [
@@ -191,6 +195,42 @@ def _check_weights(model: nn.Module, folder: str, weights: str, settings: dict[s
             raise ValueError(
                 f"The adapter in {folder} has no weights for {absent[0]!r} and {len(absent) - 1} more of its targets "
                 f"in this {type(model).__name__}: it belongs to a shallower model. {hint}"
+            )
+
+
+def _check_whole_weights(
+    model: nn.Module, folder: str, stored: dict[str, tuple[int, ...]], settings: dict[str, Any], hint: str
+) -> None:
+    """Look at what is stored beside LoRA's matrices: modules that learnt as a whole, and rows of tokens."""
+    own = {}
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        # A sharded parameter keeps its shape apart, and that of a quantized one says nothing.
+        own |= {
+            _PEFT_LEVELS.sub("", name): tuple(getattr(x, "ds_shape", x.shape)) if x.is_floating_point() else None
+            for name, x in tensors
+        }
+    indices = settings.get("trainable_token_indices") or []
+    for name, shape in stored.items():
+        if ".lora_" in name:
+            continue
+        match = re.fullmatch(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.\w+)?", name)
+        plain = f"{match[1]}.weight" if match else _PEFT_LEVELS.sub("", name)
+        if plain not in own:
+            raise ValueError(
+                f"The adapter in {folder} has weights for {plain!r}, which this {type(model).__name__} does not have: "
+                f"modules or tokens were added to the model that it was trained on. {hint}"
+            )
+        found = own[plain]
+        if match:
+            rows = indices if isinstance(indices, list) else [row for one in indices.values() for row in one]
+            fits = found is None or (found[1] == shape[1] and max(rows, default=0) < found[0])
+        else:
+            fits = found is None or found == shape
+        if not fits:
+            raise ValueError(
+                f"The adapter in {folder} has {'rows' if match else 'a tensor'} of the shape {list(shape)} for "
+                f"{plain!r}, which has {list(found)} in this {type(model).__name__}: another vocabulary or another "
+                f"size. {hint}"
             )
 
 

@@ -13,6 +13,7 @@ from longvideo.trainers import VideoSFTCollator, check_adapter, load_adapter, lo
 from longvideo.trainers.collators import IGNORE_INDEX
 from tests.tiny import tiny_text_config
 from tests.tiny_crossvllm import tiny_crossvllm_model
+from tests.tiny_llava_st import tiny_llava_st_model
 from tests.trainers.sft_runs import assert_same_gradients, changed_names, gradients, losses, short_run, snapshot
 from tests.trainers.zoo import KINDS, VARIANTS, make_batch, make_model, rows_of
 
@@ -281,3 +282,23 @@ def test_settings_pass_through():
     assert lora_config(make_model("longvu"), r=8, alpha=4).lora_alpha == 4
     whole = lora_config(make_model("crosslmm"), modules_to_save=["dual_cross_attention"])
     assert whole.modules_to_save == ["dual_cross_attention"] and "cross_attention" not in whole.target_modules
+
+
+def test_what_is_stored_beside_the_matrices_must_fit_too(tmp_path):
+    """`PeftModel.from_pretrained` leaves tables and rows of tokens out where the model has no place for them."""
+    tables, rows = tmp_path / "tables", tmp_path / "rows"
+    model = tiny_llava_st_model(coordinate_layout="split")
+    peft.get_peft_model(model, lora_config(model, r=2)).save_pretrained(tables)
+    load_adapter(tiny_llava_st_model(coordinate_layout="split"), tables)
+    with pytest.raises(ValueError, match=r"has weights for 'model\.coordinates\..*modules or tokens were added"):
+        load_adapter(tiny_llava_st_model(num_temporal_tokens=0, num_spatial_tokens=0), tables)
+    with pytest.raises(ValueError, match=r"a tensor of the shape \[6, 32\] .* which has \[9, 32\]"):
+        load_adapter(tiny_llava_st_model(coordinate_layout="split", num_temporal_tokens=9), tables)
+    model, plain = make_model("videochat_flash"), make_model("videochat_flash")
+    size = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size + 2, mean_resizing=False)
+    peft.get_peft_model(model, lora_config(model, r=2, new_tokens=[size, size + 1])).save_pretrained(rows)
+    with pytest.raises(ValueError, match=r"rows of the shape \[2, 32\] .*another vocabulary"):
+        load_adapter(plain, rows)
+    plain.resize_token_embeddings(size + 2, mean_resizing=False)
+    load_adapter(plain, rows)
