@@ -39,6 +39,22 @@ def split_fields(config: Any, fields: dict[str, Any]) -> tuple[dict[str, Any], d
     )
 
 
+def needs_tokens(config: Any, fields: dict[str, Any]) -> bool:
+    """Say whether a stage adds coordinate tokens to a model.
+
+    Args:
+        config: Configuration of the checkpoint.
+        fields: What `split_fields` took out, or all fields of the stage.
+
+    Returns:
+        Whether it does.
+    """
+    present = [getattr(config, name, 0) for name in COUNTS]
+    return hasattr(config, "coordinate_layout") and present != [
+        fields.get(name, number) for name, number in zip(COUNTS, present, strict=True)
+    ]
+
+
 def prepare_coordinates(model: Any, processor: Any, fields: dict[str, Any]) -> str | None:
     """Add coordinate tokens to a model without any, and bring them into the layout of the stage.
 
@@ -52,11 +68,12 @@ def prepare_coordinates(model: Any, processor: Any, fields: dict[str, Any]) -> s
     """
     config, told = model.config, []
     wanted = [fields.get(name, getattr(config, name, 0)) for name in COUNTS]
-    if fields and wanted != [getattr(config, name) for name in COUNTS]:
+    if needs_tokens(config, fields):
         from longvideo.processing.llava_st.tokenizer_llava_st import add_coordinate_tokens
 
         added = add_coordinate_tokens(processor.tokenizer, *wanted)
-        model.resize_token_embeddings(len(processor.tokenizer))
+        # New rows are drawn around those that there are, which a model without weights does not have.
+        model.resize_token_embeddings(len(processor.tokenizer), mean_resizing=model.device.type != "meta")
         for name, value in added.items():
             setattr(config, name, value)
         for name in COUNTS:

@@ -23,7 +23,8 @@ class Plan:
         name: Recipe and stage, for people.
         entry: The stage as the recipe has it.
         args: Settings of the trainer.
-        model_fields: Fields of the model's configuration that the stage needs.
+        model_fields: Fields of the model's configuration that the stage needs; those of a part as
+            `vision_config.image_size`.
         lora: Fields of `peft.LoraConfig`; None without an adapter.
         num_processes: Processes that train together.
         is_half: Whether the forward pass computes in bf16 or fp16; a dry run says so on machines that cannot, too.
@@ -71,8 +72,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
     chosen = parse_settings(args.set)
     groups = {prefix: {} for prefix in ("", "model", "lora")}
     for key, value in chosen.items():
-        prefix, _, rest = key.rpartition(".")
-        if prefix not in groups or not rest:
+        prefix, dot, rest = key.partition(".")
+        prefix, rest = (prefix, rest) if dot else ("", key)
+        if prefix not in groups or not rest or (prefix != "model" and "." in rest):
             raise ValueError(f"--set {key}=...: expected KEY, model.KEY or lora.KEY.")
         groups[prefix][rest] = value
     recipe_lora = entry.get("lora")

@@ -7,13 +7,15 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longvideo.cli.train_coordinates import prepare_coordinates, split_fields
+from longvideo.cli.train_coordinates import needs_tokens, prepare_coordinates, split_fields
 from longvideo.cli.train_modules import add_modules, count_questions, describe_steps, module_groups, read_questions
 from longvideo.cli.train_plan import DTYPES, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+# The side of the frames that the tower sees, which the processor must bring them to.
+IMAGE_SIZE = "vision_config.image_size"
 # So many rows are read to count their tokens.
 NUM_COUNTED_ROWS = 4
 # A folder with one of these in it can be loaded, so they are put in place last.
@@ -53,16 +55,32 @@ def change_config(config: "PreTrainedConfig", fields: dict[str, Any], notes: lis
     Raises:
         ValueError: A field that this architecture does not have, or values that do not fit.
     """
-    unknown = [name for name in fields if not hasattr(config, name)]
+    present = {name: _find_field(config, name) for name in fields}
+    unknown = [name for name, (found, _) in present.items() if not found]
     if unknown:
         raise ValueError(
             f"{type(config).__name__} has no field {unknown[0]!r}; the recipe is for another architecture than the "
             f"model ({config.model_type}), or --set model.{unknown[0]} is misspelt."
         )
-    changed = {name: value for name, value in fields.items() if getattr(config, name) != value}
+    changed = {name: value for name, value in fields.items() if present[name][1] != value}
+    whole = config.to_dict()
     for name, value in changed.items():
-        notes.append(f"model: {name} {getattr(config, name)} -> {value}")
-    return type(config).from_dict({**config.to_dict(), **changed}) if changed else config
+        notes.append(f"model: {name} {present[name][1]} -> {value}")
+        *outer, last = name.split(".")
+        part = whole
+        for key in outer:
+            part = part[key]
+        part[last] = value
+    return type(config).from_dict(whole) if changed else config
+
+
+def _find_field(config: Any, name: str) -> tuple[bool, Any]:
+    """Whether there is a field, and its value; parts of its name are parts of the configuration."""
+    for key in name.split("."):
+        if not hasattr(config, key):
+            return False, None
+        config = getattr(config, key)
+    return True, config
 
 
 def load_config(args: argparse.Namespace, plan: Plan) -> "PreTrainedConfig":
@@ -95,24 +113,28 @@ def _model_type(folder: str) -> str:
         return ""
 
 
-def make_empty_model(args: argparse.Namespace, plan: Plan) -> "PreTrainedModel":
+def make_empty_model(args: argparse.Namespace, plan: Plan, processor: Any = None) -> "PreTrainedModel":
     """Build the model without weights, frozen and adapted as in training.
 
     Args:
         args: The parsed arguments.
-        plan: The plan.
+        plan: The plan; notes are added.
+        processor: Its processor, whose tokenizer gets the tokens that the model gets; None reads it where needed.
 
     Returns:
         A model on the meta device.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     config = load_config(args, plan)
+    fields = split_fields(config, plan.model_fields)[1]
+    if processor is None and needs_tokens(config, fields):
+        processor = AutoProcessor.from_pretrained(find_folder(args.model))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=choose_dtype(args, plan))
-        layout = split_fields(config, plan.model_fields)[1].get("coordinate_layout")
-        prepare_coordinates(model, None, {} if layout is None else {"coordinate_layout": layout})
+        done = prepare_coordinates(model, processor, fields)
+        plan.notes += [f"model: {done}"] if done else []
         if plan.is_cross_granularity:
             return add_modules(model)
         return adapt(model, plan)
@@ -189,10 +211,11 @@ def describe(plan: Plan, args: argparse.Namespace) -> list[tuple[str, str]]:
     """
     from longvideo.evaluation import cost_training as cost
 
-    model = make_empty_model(args, plan)
+    processor = read_processor(args, plan) if args.data and not plan.is_cross_granularity else None
+    model = make_empty_model(args, plan, processor)
     config = model.config
     row, num_rows = (
-        count_questions(plan, args, config) if plan.is_cross_granularity else count_rows(plan, args, config)
+        count_questions(plan, args, config) if plan.is_cross_granularity else count_rows(plan, args, config, processor)
     )
     settings, step = plan.args, plan.rows_per_step
     value = 2 if plan.is_half else 4
@@ -230,19 +253,47 @@ def describe(plan: Plan, args: argparse.Namespace) -> list[tuple[str, str]]:
     return lines + [("note", text) for text in plan.notes]
 
 
-def count_rows(plan: Plan, args: argparse.Namespace, config: "PreTrainedConfig") -> tuple[Any, int | None]:
+def read_processor(args: argparse.Namespace, plan: Plan) -> Any:
+    """Read the processor of the model.
+
+    Args:
+        args: The parsed arguments.
+        plan: The plan; a tower that sees frames of another size than before gets them.
+
+    Returns:
+        The processor.
+
+    Raises:
+        ValueError: It does not bring frames to squares.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(find_folder(args.model))
+    side = plan.model_fields.get(IMAGE_SIZE)
+    for name in ("video_processor", "image_processor"):
+        part = getattr(processor, name, None)
+        if side is None or part is None:
+            continue
+        if set(dict(part.size)) != {"height", "width"}:
+            raise ValueError(f"{type(part).__name__} has the size {dict(part.size)}; leave model.{IMAGE_SIZE} out.")
+        part.size = type(part.size)(height=side, width=side)
+    return processor
+
+
+def count_rows(
+    plan: Plan, args: argparse.Namespace, config: "PreTrainedConfig", processor: Any
+) -> tuple[Any, int | None]:
     """Count the tokens of the first rows, or take the longest that the stage allows.
 
     Args:
         plan: The plan.
         args: The parsed arguments.
         config: Configuration of the model.
+        processor: Its processor; not needed without data.
 
     Returns:
         An average row, and the number of rows, None without data.
     """
-    from transformers import AutoProcessor
-
     from longvideo.evaluation.cost_training import RowCounts, count_row, mean_counts
     from longvideo.trainers import VideoSFTCollator
 
@@ -251,9 +302,9 @@ def count_rows(plan: Plan, args: argparse.Namespace, config: "PreTrainedConfig")
         wishes = plan.args.processor_kwargs or {}
         frames = wishes.get("num_frames") or wishes.get("max_frames") or 1
         return RowCounts(tokens, 0, frames, 0), None
-    rows = load_rows(args, config)
+    rows = load_rows(args, config, plan)
     collator = VideoSFTCollator(
-        AutoProcessor.from_pretrained(find_folder(args.model)),
+        processor,
         max_length=plan.args.max_length,
         processor_kwargs=plan.args.processor_kwargs,
     )
@@ -269,12 +320,13 @@ def _as_answers(row: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"messages": [*(row.get("prompt") or []), *row[answer]]} for answer in ("chosen", "rejected")]
 
 
-def load_rows(args: argparse.Namespace, config: "PreTrainedConfig") -> Any:
+def load_rows(args: argparse.Namespace, config: "PreTrainedConfig", plan: Plan) -> Any:
     """Read all files of rows.
 
     Args:
         args: The parsed arguments.
-        config: Configuration of the model: one with coordinate tokens reads times and places in them.
+        config: Configuration of the model.
+        plan: The plan: a model that has coordinate tokens, or gets them in this stage, reads times and places in them.
 
     Returns:
         A dataset.
@@ -284,9 +336,15 @@ def load_rows(args: argparse.Namespace, config: "PreTrainedConfig") -> Any:
     """
     from longvideo.trainers.data.loading import load_video_rows
 
-    coordinates = "tokens" if getattr(config, "num_temporal_tokens", 0) else "numbers"
+    has_tokens = getattr(config, "num_temporal_tokens", 0) or needs_tokens(config, plan.model_fields)
+    coordinates = "tokens" if has_tokens else "numbers"
     rows, report = load_video_rows(
-        args.data, format=args.format, media_root=args.media_root, on_error=args.on_error, coordinates=coordinates
+        args.data,
+        format=args.format,
+        media_root=args.media_root,
+        on_error=args.on_error,
+        coordinates=coordinates,
+        num_frames=getattr(config, "num_frames", None) if has_tokens else None,
     )
     if report.problems:
         print(report.summary())
@@ -310,7 +368,7 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
     Raises:
         ValueError: Rows, model and recipe that do not fit, or a folder with checkpoints of another run.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+    from transformers import AutoModelForImageTextToText, set_seed
 
     from longvideo.trainers import VideoSFTTrainer, find_last_checkpoint
 
@@ -322,14 +380,17 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
         raise ValueError(f"{output} holds no complete checkpoint to go on from; leave --resume out.")
     folder = find_folder(args.model)
     config = load_config(args, plan)
-    rows = read_questions(args) if plan.is_cross_granularity else load_rows(args, config)
-    processor = AutoProcessor.from_pretrained(folder)
+    rows = read_questions(args) if plan.is_cross_granularity else load_rows(args, config, plan)
+    processor = read_processor(args, plan)
     model = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=choose_dtype(args, plan))
     # The trainer seeds as well, but new tokens and adapters are drawn before it.
     set_seed(plan.args.seed)
     done = prepare_coordinates(model, processor, split_fields(config, plan.model_fields)[1])
     plan.notes += [f"model: {done}"] if done else []
     model = merge_adapters(model, args.merge_adapter)
+    if plan.lora is not None and not args.merged and (done or args.merge_adapter):
+        base = save_base(model, processor, plan.args, args.resume)
+        plan.notes.append(f"the model as the adapter found it is saved in {base}")
     for note in plan.notes:
         print(f"note: {note}")
     trainer_class: type = VideoSFTTrainer
@@ -346,6 +407,29 @@ def train(plan: Plan, args: argparse.Namespace) -> str:
     trainer.train(resume_from_checkpoint=args.resume or None)
     save(trainer, output, merged=args.merged)
     return output
+
+
+def save_base(model: "PreTrainedModel", processor: Any, settings: Any, resumes: bool) -> str:
+    """Save a model that was changed before its adapter learns; without it the adapter could not be loaded.
+
+    Args:
+        model: The model; its name becomes the folder, which the adapter notes.
+        processor: Its processor.
+        settings: Settings of the trainer.
+        resumes: Whether a run goes on, which has saved it already.
+
+    Returns:
+        The folder, `base` in the output folder.
+    """
+    folder, partial = Path(settings.output_dir, "base").resolve(), Path(settings.output_dir, ".base").resolve()
+    if settings.should_save and not (resumes and folder.is_dir()):
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    model.name_or_path = str(folder)
+    return str(folder)
 
 
 def merge_adapters(model: "PreTrainedModel", folders: list[str]) -> "PreTrainedModel":

@@ -13,8 +13,10 @@ from longvideo.cli import build_parser, main
 from longvideo.cli.train_plan import make_plan, parse_settings
 from longvideo.cli.train_run import save
 from longvideo.evaluation.corpus import write_corpus
-from longvideo.trainers import part_of, recipe_names
+from longvideo.trainers import VideoSFTCollator, load_adapter, part_of, recipe_names
 from tests.tiny import tiny_videochat_flash_model, tiny_videochat_flash_processor
+from tests.tiny_llava_st import tiny_llava_st_model
+from tests.tiny_llava_st_processor import tiny_llava_st_processor
 
 FEW = {
     "max_steps": 2,
@@ -69,6 +71,19 @@ def test_dry_run_of_a_published_size(capsys):
         assert words in text
     text = said(capsys, "longvu", "--stage", "2", "--model", "longvu-7b-img", "--dry-run", "--lora", "--device", "cpu")
     assert "image_token_len 576 -> 144" in text and "vision_tower 0 of" in text and "computing in float32" in text
+
+
+def test_the_last_stage_sees_larger_frames(capsys, rows, tiny, tmp_path):
+    """The recipe's 448 pixels are a field of the tower; processor and model get it together."""
+    text = said(capsys, "videochat_flash/4", "--model", "videochat_flash-7b-224", "--dry-run")
+    assert "model: vision_config.image_size 224 -> 448" in text
+    words = ["videochat_flash/4", "--model", tiny, "--data", rows, "--device", "cpu", "--output", str(tmp_path)]
+    few = {"max_steps": 1, "per_device_train_batch_size": 1, "processor_kwargs": {"num_frames": 4}}
+    said(capsys, *words, *settings(**few, **{"model.vision_config.image_size": 64}))
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path).config
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    sizes = {dict(part.size)["height"] for part in (processor.video_processor, processor.image_processor)}
+    assert config.vision_config.image_size == 64 and sizes == {64}
 
 
 def test_dry_run_with_rows(capsys, rows, tiny, tmp_path, monkeypatch):
@@ -130,6 +145,50 @@ def test_an_adapter_is_saved_alone_or_merged_and_merged_first(capsys, rows, tiny
          "--output", again, *rest)  # fmt: skip
     for name, value in weights(again).items():
         torch.testing.assert_close(value, after[name], rtol=0, atol=1e-6, msg=name)  # one float32 sum in another place
+
+
+def test_coordinates_come_with_the_second_stage(capsys, rows, tmp_path, monkeypatch):
+    """Rows are read for the model that learns from them, and an adapter beside new tokens comes with its base."""
+    pytest.importorskip("peft")
+    tiny_llava_st_model(num_temporal_tokens=0, num_spatial_tokens=0).save_pretrained(tmp_path / "tiny")
+    tiny_llava_st_processor(0, 0).save_pretrained(tmp_path / "tiny")
+    video = {"type": "video", "path": str(next(Path(rows).parent.rglob("*.mp4")))}
+    answer = "During {<TEMP-OUTPUT0.250><TEMP-OUTPUT0.800>}."
+    user = [video, {"type": "text", "text": "When?"}]
+    row = {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    collate, seen = VideoSFTCollator.__call__, []
+
+    def watch(self, rows):
+        batch = collate(self, rows)
+        seen.append(batch["coordinate_values"].max().item() if "coordinate_values" in batch else 0.0)
+        return batch
+
+    monkeypatch.setattr(VideoSFTCollator, "__call__", watch)
+
+    def stage(number: int, model: str, *words: str, **changes: object) -> str:
+        given = ["--model", str(tmp_path / model), "--data", str(tmp_path / "rows.jsonl"), "--device", "cpu"]
+        few = settings(max_steps=1, per_device_train_batch_size=1, logging_steps=1, **changes)
+        return said(capsys, f"llava_st/{number}", *given, "--output", str(tmp_path / str(number)), *words, *few)
+
+    stage(1, "tiny")
+    assert seen[-1] == 0
+    counts = {"model.num_temporal_tokens": 6, "model.num_spatial_tokens": 5, "lora.r": 2}
+    added = "6 times and 5 heights and widths added to the vocabulary; coordinates split"
+    assert added in stage(2, "1", "--dry-run", **counts) and seen[-1] == pytest.approx(0.8)
+    seen.clear()
+    assert added in stage(2, "1", **counts) and seen == [pytest.approx(0.8)]
+    stored = load_file(tmp_path / "2" / "adapter_model.safetensors")
+    table = next(value for name, value in stored.items() if name.endswith("temporal_output.weight"))
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "2")
+    own = [(n, p) for n, p in loaded.named_parameters() if n.endswith("temporal_output.weight")]
+    assert torch.equal(next(p for n, p in own if "original_module" not in n), table)
+    with pytest.raises(ValueError, match="modules or tokens were added"):
+        load_adapter(AutoModelForImageTextToText.from_pretrained(tmp_path / "1"), tmp_path / "2")
+    seen.clear()
+    stage(3, "2/base", "--merge-adapter", str(tmp_path / "2"), "--merged", **counts)
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "3").config.num_temporal_tokens == 6
+    assert seen == [pytest.approx(0.8)]
 
 
 def test_preferences(capsys, rows, tiny, tmp_path):
@@ -244,6 +303,7 @@ def test_folders_of_an_earlier_result_are_replaced_whole(tmp_path):
 # The recipes' sizes are those of the published models.
 TINY_FIELDS = {
     "longvu": {"image_token_len": 9, "lowres_token": 2},
+    "videochat_flash": {"vision_config.image_size": 32},
     "llava_st": {"num_temporal_tokens": 6, "num_spatial_tokens": 5},
 }
 
@@ -253,8 +313,6 @@ def save_tiny(name: str, folder: Path) -> None:
     from tests.tiny_crosslmm_processor import tiny_crosslmm_processor
     from tests.tiny_crossvllm import tiny_crossvllm_model
     from tests.tiny_crossvllm_processor import tiny_crossvllm_processor
-    from tests.tiny_llava_st import tiny_llava_st_model
-    from tests.tiny_llava_st_processor import tiny_llava_st_processor
     from tests.tiny_longvu import tiny_longvu_model
     from tests.tiny_longvu_processor import tiny_longvu_processor
 
