@@ -61,6 +61,8 @@ ALLOWED_AT_TOP = {
     "modeling/layers": {"torch", "numpy"},
     # Encoded videos are files of tensors.
     "modeling/layers/feature_files.py": {"torch", "safetensors"},
+    # A base class for the generation of every architecture.
+    "modeling/layers/generation_calls.py": {"torch", "transformers"},
     "trainers/dpo_loss.py": {"torch", "numpy"},
     "evaluation/metrics.py": {"numpy", "torch"},
     "processing/shared": {"torch", "numpy", "av", "PIL", "torchvision", "transformers", "tqdm"},

@@ -76,8 +76,8 @@ def hash_weights(settings: str, *parts: nn.Module | torch.Tensor | None) -> str:
 
     Returns:
         SHA-256 over the settings, the state of adapters (which are on, and how strongly) and every weight's shape,
-        type and values; the same on every device. Files written when only the first weights of a tower counted carry
-        another hash; their videos have to be encoded again.
+        type and values, the same on every device; of offloaded weights, on the meta device, no values. Files written
+        when only the first weights of a tower counted carry another hash; their videos have to be encoded again.
     """
     digest = hashlib.sha256(settings.encode())
     for module in (m for part in parts if isinstance(part, nn.Module) for m in part.modules()):
@@ -86,7 +86,9 @@ def hash_weights(settings: str, *parts: nn.Module | torch.Tensor | None) -> str:
             scaling = sorted(dict(getattr(module, "scaling", None) or {}).items())
             digest.update(f"{module.disable_adapters} {list(module.active_adapters)} {scaling}".encode())
     for tensor in encoding_tensors(*parts):
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {fingerprint(tensor)}".encode())
+        # Weights that accelerate keeps elsewhere until their layer runs have no values here.
+        values = "elsewhere" if tensor.is_meta else fingerprint(tensor)
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} {values}".encode())
     return digest.hexdigest()
 
 
