@@ -180,7 +180,7 @@ class LlavaSTProcessor(VisualProcessor, ProcessorMixin):
             outputs["image_sizes"] = [(int(width), int(height)) for width, height in sizes]
         if "input_ids" in outputs and values is not None:
             outputs["coordinate_values"] = self.place_values(outputs["input_ids"], values)
-        return LlavaSTInputs(outputs.data)
+        return LlavaSTInputs(outputs.data, skip_tensor_conversion=outputs.skip_tensor_conversion)
 
     def read_values(self, text: Any, variables: Any, clip: bool) -> list[list[float]] | None:
         """List the values of the coordinates of prompts.
