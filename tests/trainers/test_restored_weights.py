@@ -133,11 +133,14 @@ def test_an_adapter_that_lacks_weights_is_an_error(tmp_path):
     file = tmp_path / "adapter_model.safetensors"
     whole = load_file(file)
     for wrong, told in (
-        ({key: x for key, x in whole.items() if key != min(whole)}, r"1 are missing \(first '"),
-        ({**whole, "base_model.model.x": ONE}, r"1 are too many \(first 'base_model.model.x'\)"),
+        (
+            {key: x for key, x in whole.items() if key != min(whole)},
+            r"are not those of this PeftModel: 1 are missing \(first '",
+        ),
+        ({**whole, "base_model.model.x": ONE}, r"has weights for 'x', which this LongVU\w+ does not have"),
     ):
         save_file(wrong, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=rf"are not those of this PeftModel: {told}"):
+        with pytest.raises(ValueError, match=told):
             trainer._load_from_checkpoint(str(tmp_path))
 
 
