@@ -117,14 +117,6 @@ CLIP_KINDS = ALL_KINDS + ("direction",) * 10
 # What is nearly always right by then is seldom asked.
 WEAK_KINDS = ("colour",) * 2 + ("direction",) * 8 + ("order",) * 3 + ("at_time",) * 6 + ("when",) * 4
 LATE_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 8 + ("order",) * 2 + ("at_time",) * 11 + ("when",)
-LETTER_KINDS = ("colour",) * 2 + ("shape",) + ("direction",) * 8 + ("order",) * 2 + ("at_time", "needle") * 8
-LETTERS = (
-    *LAST[:2],
-    (Difficulty(shapes=(1, 2, 2, 3), move=0.8, change=0.0, needle=1.0, durations=(5, 20)), None),
-    *((Difficulty(needle=1.0), None),) * 2,
-    *LAST[-3:],
-)
-LAST_KINDS = ("count", "colour", "order") * 2 + ("direction",) * 9 + ("at_time",) * 8
 CLIPS = (
     Stage(
         "6a-clips",
@@ -149,13 +141,6 @@ CLIPS = (
     Stage("9-finish", 6_400, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, mixed=FINISH),
     Stage("10-drill", 8_000, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, WEAK_KINDS, mixed=(*LAST, LAST[0])),
     Stage("11-at-times", 4_480, 6e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LATE_KINDS, mixed=LAST),
-    Stage(
-        "12-places", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=LONGER
-    ),
-    Stage("13-again", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, WEAK_KINDS, mixed=AGAIN),
-    Stage("14-at-times", 8_000, 6e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LATE_KINDS, mixed=LAST),
-    Stage("15-letters", 5_600, 7e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LETTER_KINDS, mixed=LETTERS),
-    Stage("16-last", 4_160, 7e-4, "linear", 20, "full", 0.0, 0.02, 0.5, 0.0, LAST_KINDS, mixed=(LAST[0], *LAST[:-1])),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
