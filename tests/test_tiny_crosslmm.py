@@ -193,6 +193,40 @@ def test_the_ablation_runs_and_goes_on(tmp_path, monkeypatch) -> None:
         ablate(tmp_path, seeds=[0], minutes=60, **{**run, "num": 2})
 
 
+def test_training_in_bfloat16_keeps_weights_in_float32(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(train, "NUM_CALIBRATION_ROWS", BATCH_SIZE)
+    computed, kept, attention = set(), set(), set()
+
+    def look(module, inputs, output) -> None:
+        if module.training:
+            computed.add(output.dtype)
+            kept.add(module.down_proj.weight.dtype)
+            attention.add(torch.backends.cuda.flash_sdp_enabled())
+
+    def build():
+        model, processor = SPEC.build()
+        model.model.language_model.layers[0].mlp.register_forward_hook(look)
+        return model, processor
+
+    spec = replace(small_spec(), build=build, stages=CROSSLMM_STAGES[:1])
+    for bf16 in (True, False):
+        out = tmp_path / str(bf16)
+        assert train.train_model(spec, out, minutes=60, seed=0, scale=1e-6, bf16=bf16) == out / "model"
+        assert computed == {torch.bfloat16 if bf16 else torch.float32} and kept == {torch.float32}
+        # The fused kernel is the slower one in bfloat16 on a processor; afterwards everything is as before.
+        assert attention == {not bf16} or torch.cuda.is_available()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        for seen in (computed, kept, attention):
+            seen.clear()
+
+
+def test_models_of_two_precisions_are_not_compared(tmp_path) -> None:
+    write_json(tmp_path / "settings.json", {"num": 500, "scale": 1.0, "bf16": True})
+    with pytest.raises(ValueError, match=r"'bf16': True.* not with .*'bf16': False"):
+        ablate(tmp_path, seeds=[0], names=[BASE], minutes=0, scale=1.0, num=500)
+
+
 def test_answers_become_tables(tmp_path) -> None:
     rng = np.random.default_rng(0)
     right = {name: rng.random((3, 60)) < share for name, share in (("none", 0.3), ("v2v", 0.6), (BASE, 0.8))}

@@ -28,6 +28,7 @@ from longvideo.evaluation.answer_questions import evaluate, load_checkpoint, wri
 from longvideo.evaluation.command import run_command
 from longvideo.tiny_training.build_crosslmm import build_crosslmm
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
+from longvideo.tiny_training.precision import BF16_HELP
 from longvideo.tiny_training.stages import Stage
 from longvideo.tiny_training.train import train_model
 
@@ -101,7 +102,15 @@ def describe_variant(variant: Variant, spec: TinyModel | None = None) -> TinyMod
 
 
 def run_variant(
-    name: str, seed: int, out: Path, *, minutes: float, scale: float, num: int, spec: TinyModel | None = None
+    name: str,
+    seed: int,
+    out: Path,
+    *,
+    minutes: float,
+    scale: float,
+    num: int,
+    spec: TinyModel | None = None,
+    bf16: bool = False,
 ) -> bool:
     """Trains the model of a variant and asks it, or finds that this was done.
 
@@ -113,6 +122,7 @@ def run_variant(
         scale: factor of the length of both stages.
         num: number of held-out questions.
         spec: see `describe_variant`.
+        bf16: whether to train in bfloat16; questions are answered in float32.
 
     Returns:
         Whether its answers are there.
@@ -124,7 +134,8 @@ def run_variant(
     tower = out / "0-tower"
     tower.mkdir(parents=True, exist_ok=True)
     shutil.copytree(tower, folder / "0-tower", dirs_exist_ok=True)
-    model_folder = train_model(describe_variant(VARIANTS[name], spec), folder, minutes=minutes, seed=seed, scale=scale)
+    described = describe_variant(VARIANTS[name], spec)
+    model_folder = train_model(described, folder, minutes=minutes, seed=seed, scale=scale, bf16=bf16)
     for path in (folder / "0-tower").glob("*.safetensors"):
         if not (tower / path.name).exists():
             partial_path = tower / f".{path.name}.partial"
@@ -264,6 +275,7 @@ def ablate(
     scale: float,
     num: int,
     spec: TinyModel | None = None,
+    bf16: bool = False,
 ) -> bool:
     """Runs all models that are missing, one seed after the other, as far as the time allows.
 
@@ -275,6 +287,7 @@ def ablate(
         scale: factor of the length of both stages.
         num: number of held-out questions.
         spec: see `describe_variant`.
+        bf16: see `run_variant`.
 
     Returns:
         Whether all are done.
@@ -283,7 +296,7 @@ def ablate(
         ValueError: models in that folder were trained or asked in another way.
     """
     deadline = time.monotonic() + 60 * minutes
-    settings = {"num": num, "scale": scale}
+    settings = {"num": num, "scale": scale, "bf16": bf16}
     before = out / "settings.json"
     if before.exists() and (told := json.loads(before.read_text(encoding="utf-8"))) != settings:
         raise ValueError(f"{out} was begun with {told}, not with {settings}. Give the same again, or another --out.")
@@ -291,7 +304,8 @@ def ablate(
     for seed in seeds:
         for name in names:
             left = (deadline - time.monotonic()) / 60
-            if left <= 0 or not run_variant(name, seed, out, minutes=left, scale=scale, num=num, spec=spec):
+            how = {"scale": scale, "num": num, "spec": spec, "bf16": bf16}
+            if left <= 0 or not run_variant(name, seed, out, minutes=left, **how):
                 return False
             write_results(out, settings)
             print(
@@ -313,6 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the length of both stages (default 1)")
     parser.add_argument("--num", type=int, default=500, help="number of held-out questions (default 500)")
+    parser.add_argument("--bf16", action="store_true", help=BF16_HELP)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -320,10 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     def work() -> int:
-        done = ablate(
-            args.out, seeds=args.seeds, names=args.variants, minutes=args.minutes, scale=args.scale, num=args.num
-        )
-        print(write_results(args.out, {"num": args.num, "scale": args.scale}))
+        how = {"num": args.num, "scale": args.scale, "bf16": args.bf16}
+        done = ablate(args.out, seeds=args.seeds, names=args.variants, minutes=args.minutes, **how)
+        print(write_results(args.out, how))
         print(
             f"finished: {args.out}" if done else f"stopped at the time limit; give the same command again ({args.out})"
         )

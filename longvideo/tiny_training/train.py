@@ -46,6 +46,7 @@ from longvideo.tiny_training.conversations import (
 )
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.models import TINY_MODELS, TinyModel
+from longvideo.tiny_training.precision import BF16_HELP, fast_attention, precision_arguments
 from longvideo.tiny_training.stages import ALIGN, BATCH_SIZE, CLIPS, FULL, PICTURES, STAGES, Stage, scale_stage
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.trainers.collators import VideoSFTCollator
@@ -152,6 +153,7 @@ def run_stage(
     seed: int,
     deadline: float,
     first_seed: int,
+    bf16: bool = False,
 ) -> bool:
     """Trains one stage, from its newest checkpoint if there is one.
 
@@ -164,6 +166,7 @@ def run_stage(
         seed: random seed of the run.
         deadline: value of `time.monotonic()` at which to stop.
         first_seed: number of its first scene.
+        bf16: whether to compute in bfloat16; weights stay in float32.
 
     Returns:
         Whether the stage is complete.
@@ -182,6 +185,7 @@ def run_stage(
         prepare_model=stage.prepare_model,
         connector_learning_rate=stage.learning_rate * stage.connector_rate if slow_connector else None,
         vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
+        **precision_arguments(bf16),
         weight_decay=0.01,
         adam_beta2=0.98,
         train_sampling_strategy="sequential",
@@ -202,7 +206,8 @@ def run_stage(
         processing_class=processor,
         callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
     )
-    trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
+    with fast_attention(bf16):
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
     return not stop.stopped
 
 
@@ -258,7 +263,14 @@ def _calibrate_connector(spec: TinyModel, model: PreTrainedModel, processor: Pro
 
 
 def train(
-    name: str, out: Path, *, minutes: float, seed: int, scale: float = 1.0, without: Sequence[str] = ()
+    name: str,
+    out: Path,
+    *,
+    minutes: float,
+    seed: int,
+    scale: float = 1.0,
+    without: Sequence[str] = (),
+    bf16: bool = False,
 ) -> Path | None:
     """Trains a tiny model through all stages, or as far as the time allows.
 
@@ -269,6 +281,7 @@ def train(
         seed: random seed.
         scale: factor of the length of every stage; the towers' own lessons stay as they are.
         without: what is left out, of the model's `ablations`.
+        bf16: whether to compute in bfloat16; weights stay in float32, and so do the towers' own lessons.
 
     Returns:
         Folder of the finished model, or None when stages are left for a later run.
@@ -283,11 +296,18 @@ def train(
     if scale <= 0:
         raise ValueError(f"scale is {scale}, expected a positive factor of the length of the stages")
     spec = replace(spec, build=partial(spec.build, **{f"use_{part}": False for part in without}))
-    return train_model(spec, out, minutes=minutes, seed=seed, scale=scale, without=without)
+    return train_model(spec, out, minutes=minutes, seed=seed, scale=scale, without=without, bf16=bf16)
 
 
 def train_model(
-    spec: TinyModel, out: Path, *, minutes: float, seed: int, scale: float = 1.0, without: Sequence[str] = ()
+    spec: TinyModel,
+    out: Path,
+    *,
+    minutes: float,
+    seed: int,
+    scale: float = 1.0,
+    without: Sequence[str] = (),
+    bf16: bool = False,
 ) -> Path | None:
     """Trains what a description of a tiny model says; the rest is as in `train`.
 
@@ -298,6 +318,7 @@ def train_model(
         seed: random seed.
         scale: factor of the length of every stage.
         without: given to `spec.begin_stage`.
+        bf16: as in `train`.
 
     Returns:
         Folder of the finished model, or None when stages are left for a later run.
@@ -323,7 +344,8 @@ def train_model(
             continue
         if spec.begin_stage is not None:
             spec.begin_stage(model, stage, without)
-        if not run_stage(stage, model, processor, out, spec=spec, seed=seed, deadline=deadline, first_seed=start):
+        place = {"seed": seed, "deadline": deadline, "first_seed": start, "bf16": bf16}
+        if not run_stage(stage, model, processor, out, spec=spec, **place):
             return None
         done.touch()
     export(model, processor, out / "model", log=out / "log.jsonl")
@@ -343,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=(), metavar="PART", help="ablation: leave a part out (llava_st: lape, packer)"
     )
+    parser.add_argument("--bf16", action="store_true", help=BF16_HELP)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the training process")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -352,7 +375,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> int:
         folder = train(
-            args.model, out, minutes=args.minutes, seed=args.seed, scale=args.scale, without=tuple(args.without)
+            args.model,
+            out,
+            minutes=args.minutes,
+            seed=args.seed,
+            scale=args.scale,
+            without=tuple(args.without),
+            bf16=args.bf16,
         )
         print(f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({out})")
         return 0
