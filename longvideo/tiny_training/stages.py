@@ -42,6 +42,7 @@ class Stage:
         pictures: whether rows are single frames with a description instead of videos.
         num_frames: frames per video; None for those of the model.
         connector_rate: rate of the connector, as a part of the decoder's.
+        tower_rate: rate of the tower, likewise.
         mixed: what batches take in place of `difficulty` and `num_frames`, one of these at random; empty for neither.
     """
 
@@ -61,6 +62,7 @@ class Stage:
     pictures: bool = False
     num_frames: int | None = None
     connector_rate: float = 0.05
+    tower_rate: float = 0.02
     mixed: tuple[tuple[str | Difficulty, int | None], ...] = ()
 
 
@@ -145,12 +147,15 @@ CLIPS = (
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
 EVERYTHING = ("connector", "language_model", "vision_tower")
+WITH_T2V = {"trainable_parts": EVERYTHING, "prepare_model": "add_t2v"}
 CROSSLMM_STAGES = (
-    replace(ALIGN, name="1-align", trainable_parts=("connector", "v2v")),
-    replace(FULL, name="2a-full", num_videos=3_200, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
-    replace(STAGES[4], name="2b-questions", num_videos=6_400, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
-    replace(STAGES[5], name="2c-moving", num_videos=2_000, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
-    replace(STAGES[6], name="2d-finish", num_videos=4_000, trainable_parts=EVERYTHING, prepare_model="add_t2v"),
+    replace(ALIGN, name="1-align", num_videos=2_400, trainable_parts=("connector", "v2v")),
+    replace(FULL, name="2a-full", **WITH_T2V),
+    replace(CLIPS[0], name="2b-clips", num_videos=12_000, **WITH_T2V),
+    replace(CLIPS[1], name="2c-videos", num_videos=8_000, **WITH_T2V),
+    replace(CLIPS[2], name="2d-longer", **WITH_T2V),
+    replace(CLIPS[6], name="2e-drill", num_videos=9_600, **WITH_T2V),
+    replace(CLIPS[7], name="2f-at-times", num_videos=9_600, **WITH_T2V),
 )
 
 

@@ -174,6 +174,7 @@ def run_stage(
     folder = out / stage.name
     make_rows = spec.make_rows or CorpusConversations
     slow_connector = spec.connector is not None and "language_model" in stage.trainable_parts
+    slow_tower = "vision_tower" in stage.trainable_parts
     args = VideoSFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=BATCH_SIZE,
@@ -184,7 +185,7 @@ def run_stage(
         trainable_parts=list(stage.trainable_parts),
         prepare_model=stage.prepare_model,
         connector_learning_rate=stage.learning_rate * stage.connector_rate if slow_connector else None,
-        vision_tower_learning_rate=stage.learning_rate / 3 if "vision_tower" in stage.trainable_parts else None,
+        vision_tower_learning_rate=stage.learning_rate * stage.tower_rate if slow_tower else None,
         **precision_arguments(bf16),
         weight_decay=0.01,
         adam_beta2=0.98,
