@@ -33,7 +33,7 @@ PYTEST := -m pytest -q -n $(JOBS) --dist loadgroup
 # One thread per test process: two processes with two threads each slow one another down on two cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test test-oldest check fast-tests hf-suite train-tiny clean help
+.PHONY: demo test test-oldest slow-tests check hf-suite train-tiny clean help
 help:
 	@sed -n 's/^#  /  /p; s/^\([a-z-]*\):.*## /  make \1: /p' Makefile
 
@@ -45,6 +45,9 @@ test: $(READY)  ## the default tests, with the versions of constraints.txt
 
 test-oldest: $(VENV_OLDEST)/.installed  ## the default tests with the oldest transformers that is supported
 	@$(TEST_ENV) $(VENV_OLDEST)/bin/python $(PYTEST) $(ARGS)
+
+slow-tests: $(READY)  ## the tests that take minutes: every recipe, two processes, kill and resume
+	@$(TEST_ENV) $(PY) $(PYTEST) -m slow $(ARGS)
 
 check: $(READY)  ## ruff, format, floors, fast tests
 	$(PY) -m ruff check .

@@ -106,14 +106,6 @@ LONGER = (
     ("full", None),
 )
 FINISH = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 4)
-AGAIN = (
-    (ONE_MOVES, None),
-    (TWO_MOVE, 8),
-    *((TWO_MOVE, None),) * 2,
-    (TWO_COME_AND_GO, None),
-    *((MOVING, None),) * 2,
-    *(("full", None),) * 3,
-)
 LAST = ((MOVING, None), (TWO_MOVE, None), *(("full", None),) * 6)
 CLIP_KINDS = ALL_KINDS + ("direction",) * 10
 # What is nearly always right by then is seldom asked.
@@ -139,10 +131,8 @@ CLIPS = (
         "6c-longer", 4_800, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=LONGER
     ),
     replace(STAGES[6], name="7-finish", num_videos=4_800, mixed=FINISH),
-    Stage("8-again", 8_000, 7e-4, "constant_with_warmup", 20, "full", 0.02, 0.06, 0.5, 0.0, CLIP_KINDS, mixed=AGAIN),
-    Stage("9-finish", 6_400, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, mixed=FINISH),
-    Stage("10-drill", 8_000, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, WEAK_KINDS, mixed=(*LAST, LAST[0])),
-    Stage("11-at-times", 4_480, 6e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LATE_KINDS, mixed=LAST),
+    Stage("8-drill", 8_000, 7e-4, "linear", 20, "full", 0.0, 0.05, 0.5, 0.0, WEAK_KINDS, mixed=(*LAST, LAST[0])),
+    Stage("9-at-times", 9_600, 6e-4, "linear", 20, "full", 0.0, 0.03, 0.5, 0.0, LATE_KINDS, mixed=LAST),
 )
 
 # CrossLMM's two: projector and V2V beside a frozen decoder, without T2V; then everything with T2V, the tower slowly.
@@ -154,8 +144,8 @@ CROSSLMM_STAGES = (
     replace(CLIPS[0], name="2b-clips", num_videos=12_000, **WITH_T2V),
     replace(CLIPS[1], name="2c-videos", num_videos=8_000, **WITH_T2V),
     replace(CLIPS[2], name="2d-longer", **WITH_T2V),
-    replace(CLIPS[6], name="2e-drill", num_videos=9_600, **WITH_T2V),
-    replace(CLIPS[7], name="2f-at-times", num_videos=9_600, **WITH_T2V),
+    replace(CLIPS[4], name="2e-drill", num_videos=9_600, **WITH_T2V),
+    replace(CLIPS[5], name="2f-at-times", **WITH_T2V),
 )
 
 
