@@ -133,3 +133,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for given in sys.argv[2:]:
         run(Path(sys.argv[1]), given)
+    if torch.distributed.is_initialized():
+        # Threads of a group that is left standing may abort the process while it ends.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
