@@ -58,7 +58,7 @@ def test_stages_are_those_of_the_paper() -> None:
     assert {(stage.prepare_model, frozenset(stage.trainable_parts)) for stage in later} == {
         ("add_t2v", frozenset({"connector", "language_model", "vision_tower"}))
     }
-    # What the lessons taught of places outlasts them: neither tower nor connector learns nearly as fast as the decoder.
+    # What the lessons taught of places outlasts them: tower and connector learn far more slowly than the decoder.
     assert all(max(stage.tower_rate, stage.connector_rate) <= 0.05 for stage in later)
     assert sum(stage.num_videos for stage in CROSSLMM_STAGES) // BATCH_SIZE == 6400
 
