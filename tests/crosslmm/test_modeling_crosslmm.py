@@ -309,8 +309,10 @@ def test_a_static_cache_is_refused_with_visuals_and_works_for_text(model):
 def test_generate_asks_for_logits_of_the_last_position_only_and_logits_to_keep(model):
     row = prompt(3, "video1", 4)
     whole = model(**row).logits
-    assert torch.equal(model(**row, logits_to_keep=2).logits, whole[:, -2:])
-    assert torch.equal(model(**row, logits_to_keep=torch.tensor([1, 5])).logits, whole[:, [1, 5]])
+    # Some processors sum a product of fewer rows in another order; float32.
+    torch.testing.assert_close(model(**row, logits_to_keep=2).logits, whole[:, -2:], atol=1e-5, rtol=0)
+    some = model(**row, logits_to_keep=torch.tensor([1, 5])).logits
+    torch.testing.assert_close(some, whole[:, [1, 5]], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

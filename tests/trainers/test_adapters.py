@@ -90,7 +90,9 @@ def test_saved_adapter_is_small_and_loads_on_the_base(name, tmp_path):
     }  # fmt: skip
     for load in (peft.PeftModel.from_pretrained, load_adapter):
         fresh = AutoModelForImageTextToText.from_pretrained(tmp_path / "base")
-        assert torch.equal(logits(load(fresh, tmp_path / "adapter"), batch), wanted)
+        # Equal weights at other addresses: some processors sum in an order that goes by alignment; float32.
+        found = logits(load(fresh, tmp_path / "adapter"), batch)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
     assert not torch.allclose(logits(make_model(name), batch), wanted)
 
 

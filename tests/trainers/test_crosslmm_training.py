@@ -137,8 +137,11 @@ def test_a_checkpoint_of_stage_1_enters_stage_2(make_trainer, processor, tmp_pat
         save_steps=1,
     )
     assert model.config.use_t2v
-    # Closed gates: equal bit for bit.
-    assert torch.equal(model(**batch, use_cache=False).logits, expected)
+    # Closed gates change nothing. Weights lie at other addresses, and some processors sum in an order that goes by
+    # alignment; float32.
+    torch.testing.assert_close(model(**batch, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+    gates = [parameter for name, parameter in model.named_parameters() if name.endswith("t2v_gate")]
+    assert gates and not any(gate.any() for gate in gates)
     added = learning_names(model) - set(before)
     before = snapshot(model)
     assert added and {sub_part_of(name) for name in added} == {"t2v"}

@@ -208,8 +208,10 @@ def test_generate_asks_for_logits_of_the_last_position_only(model, monkeypatch):
 def test_logits_to_keep(model):
     inputs = video_inputs()
     whole = model(**inputs).logits
-    assert torch.equal(model(**inputs, logits_to_keep=3).logits, whole[:, -3:])
-    assert torch.equal(model(**inputs, logits_to_keep=torch.tensor([0, 7])).logits, whole[:, [0, 7]])
+    # Some processors sum a product of fewer rows in another order; float32.
+    torch.testing.assert_close(model(**inputs, logits_to_keep=3).logits, whole[:, -3:], atol=1e-5, rtol=0)
+    some = model(**inputs, logits_to_keep=torch.tensor([0, 7])).logits
+    torch.testing.assert_close(some, whole[:, [0, 7]], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
