@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 from longvideo.evaluation.corpus.long_scenes import LONG_FPS, long_items, long_questions, make_long_scene, render_long
 from longvideo.evaluation.granularity_table import ROWS
 from longvideo.evaluation.granularity_table import main as table
+from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
 from longvideo.processing.crossvllm import policies
 from longvideo.tiny_training import build_parts, crossvllm_rows, crossvllm_towers, train_crossvllm
@@ -191,7 +192,25 @@ def test_a_question_gives_the_same_video_twice() -> None:
     assert rows[0] is not first
 
 
-def test_all_stages_and_the_table_at_the_smallest_size(tmp_path, monkeypatch, capsys) -> None:
+def precisions_of(monkeypatch) -> set[torch.dtype]:
+    """Types in which answers are computed where gradients flow, in the stages of both trainers."""
+    computed: set[torch.dtype] = set()
+    real = CrossVLLMForConditionalGeneration.forward
+
+    def forward(self, *args, **kwargs):
+        output = real(self, *args, **kwargs)
+        if torch.is_grad_enabled() and self.training:
+            assert {p.dtype for p in self.parameters()} == {torch.float32}
+            # The head's product is made wide again on the way out.
+            computed.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return output
+
+    monkeypatch.setattr(CrossVLLMForConditionalGeneration, "forward", forward)
+    return computed
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_all_stages_and_the_table_at_the_smallest_size(tmp_path, monkeypatch, capsys, bf16) -> None:
     monkeypatch.setattr(crossvllm_rows, "BATCH_SIZE", 2)
     monkeypatch.setattr(train_crossvllm, "BATCH_SIZE", 2)
     monkeypatch.setattr(train_crossvllm, "RL_QUESTIONS", 1)
@@ -202,7 +221,10 @@ def test_all_stages_and_the_table_at_the_smallest_size(tmp_path, monkeypatch, ca
     monkeypatch.setattr(train_crossvllm, "run_both", lambda *args, **kwargs: False)
     assert train_crossvllm.train(out, minutes=60, scale=1e-4, num_checks=0) is None
     monkeypatch.setattr(train_crossvllm, "run_both", real)
-    folder = train_crossvllm.train(out, minutes=60, scale=1e-4, num_checks=4)
+    computed = precisions_of(monkeypatch)
+    folder = train_crossvllm.train(out, minutes=60, scale=1e-4, num_checks=4, bf16=bf16)
+    # Weights and the policies that are written stay in float32; what learns is computed in the asked precision.
+    assert computed == {torch.bfloat16 if bf16 else torch.float32}
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     checked = [line for line in log if line["stage"] == "check after 5-both"]
     assert len(checked) == 1 and {"miou", "right_found", "right_true_colour"} <= checked[0].keys()

@@ -17,6 +17,7 @@ from longvideo.evaluation.corpus import Scene, render_frames
 from longvideo.evaluation.corpus.long_scenes import (
     LONG_FPS,
     TIME_STEP,
+    LongDifficulty,
     LongQuestion,
     long_questions,
     long_row,
@@ -45,7 +46,7 @@ class CrossStage:
         num_steps: optimizer steps.
         learning_rate: peak rate.
         shares: how often a batch is of which of FORMS.
-        difficulty: long scenes that rows are made of.
+        difficulty: long scenes that rows are made of, or the name of such.
         learns: "projectors", "base" (projectors and decoder), or a granularity.
         schedule: "linear" (down to zero) or "constant_with_warmup".
     """
@@ -54,7 +55,7 @@ class CrossStage:
     num_steps: int
     learning_rate: float
     shares: tuple[tuple[str, float], ...]
-    difficulty: str
+    difficulty: str | LongDifficulty
     learns: str
     schedule: str = "linear"
 
@@ -256,10 +257,11 @@ class LessonCollator:
     Args:
         model: the model that learns.
         processor: of the model.
+        bf16: whether the tower computes in bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.encoder, self.processor = SceneEncoder(model, processor), processor
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, bf16: bool = False):
+        self.encoder, self.processor, self.bf16 = SceneEncoder(model, processor), processor, bf16
 
     def __call__(self, rows: Sequence[Lesson]) -> dict[str, Any]:
         """Collates lessons of one granularity.
@@ -272,7 +274,8 @@ class LessonCollator:
         """
         granularity = rows[0].granularity
         views = [(row.scene, frame_indices(row.scene, granularity, row.segment)) for row in rows]
-        features = self.encoder(views)
+        with torch.autocast(self.encoder.model.device.type, torch.bfloat16, enabled=self.bf16):
+            features = self.encoder(views)
         encoded = [self._tokens(row, len(seen)) for row, seen in zip(rows, features, strict=True)]
         length = max(len(ids) for ids, _ in encoded)
         ids_BS = torch.full((len(rows), length), self.processor.tokenizer.pad_token_id)

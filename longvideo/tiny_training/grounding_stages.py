@@ -182,6 +182,19 @@ GROUNDING_STAGES = (
         connector_rate=0.05,
         shuffled=0.7,
     ),
+    # What is meant is found by then, times only roughly: without this stage they are hardly better than a fixed answer.
+    GroundingStage(
+        "2f-times-in-all",
+        12_800,
+        1e-3,
+        "constant_with_warmup",
+        20,
+        (("rec", 0.08), ("reg", 0.04), ("tvg", 0.7), ("tr", 0.06), ("stvg", 0.12)),
+        first_third=A_FEW,
+        difficulty=LIVELY,
+        connector_rate=0.05,
+        shuffled=0.5,
+    ),
     GroundingStage(
         "3-everything",
         9_600,

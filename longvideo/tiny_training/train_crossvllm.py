@@ -26,12 +26,14 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from longvideo.evaluation.command import run_command
+from longvideo.evaluation.corpus.long_scenes import LongDifficulty
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
 from longvideo.tiny_training.build_crossvllm import build_crossvllm, order_times, take_tower
 from longvideo.tiny_training.crossvllm_checks import check_modules
 from longvideo.tiny_training.crossvllm_rows import BATCH_SIZE, CrossLessons, CrossStage, LessonCollator, LongQuestions
 from longvideo.tiny_training.crossvllm_towers import PROJECTOR_STEPS, TOWER, teach_projectors
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
+from longvideo.tiny_training.precision import BF16_HELP, fast_attention, precision_arguments
 from longvideo.tiny_training.tower import pretrain_tower
 from longvideo.tiny_training.train import LossLog, StopAtTime, export
 from longvideo.trainers.cross_granularity_config import CrossGranularityConfig
@@ -42,10 +44,12 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 DECODER = "videochat_flash"
 MODULES = ("coarse", "fine")
+# Long videos too; a letter beside the shape so that some have a second question.
+ONE_THING = LongDifficulty(shapes=(1,), letter=0.3)
 STAGES = (
-    CrossStage("1-align", 80, 3e-3, (("plain_coarse", 0.5), ("plain_fine", 0.5)), "short", "projectors"),
+    CrossStage("1-align", 80, 3e-4, (("plain_coarse", 0.5), ("plain_fine", 0.5)), "short", "projectors"),
     CrossStage(
-        "2-base",
+        "2a-base",
         500,
         1e-3,
         (("plain_coarse", 0.15), ("plain_fine", 0.3), ("policy", 0.35), ("judge", 0.2)),
@@ -53,7 +57,17 @@ STAGES = (
         "base",
         "constant_with_warmup",
     ),
-    CrossStage("3-coarse", 1200, 2e-3, (("policy", 1.0),), "long", "coarse"),
+    # Where a video shows one thing alone, no step of finding it stands between a place and its time.
+    CrossStage(
+        "2b-one-thing",
+        900,
+        1e-3,
+        (("policy", 0.75), ("plain_fine", 0.15), ("judge", 0.1)),
+        ONE_THING,
+        "base",
+        "constant_with_warmup",
+    ),
+    CrossStage("3-coarse", 1500, 2e-3, (("policy", 1.0),), "long", "coarse"),
     CrossStage("4-fine", 500, 2e-3, (("cut", 0.6), ("judge", 0.4)), "long", "fine"),
 )
 RL_NAME = "5-both"
@@ -107,9 +121,10 @@ def prepare(model: PreTrainedModel, stage: CrossStage) -> None:
         model.model.language_model.requires_grad_(True)
 
 
-def common_arguments(folder: Path, *, seed: int, save_steps: int, logging_steps: int) -> dict[str, Any]:
+def common_arguments(folder: Path, *, seed: int, save_steps: int, logging_steps: int, bf16: bool) -> dict[str, Any]:
     """Arguments that all trainers share."""
     return {
+        **precision_arguments(bf16),
         "output_dir": str(folder),
         "weight_decay": 0.01,
         "adam_beta2": 0.98,
@@ -133,6 +148,7 @@ def run_stage(
     seed: int,
     first_seed: int,
     deadline: float,
+    bf16: bool = False,
 ) -> bool:
     """Trains a supervised stage, from its newest checkpoint if there is one.
 
@@ -144,6 +160,7 @@ def run_stage(
         seed: random seed of the run.
         first_seed: number of the stage's first scene.
         deadline: value of `time.monotonic()` at which to stop.
+        bf16: whether to compute in bfloat16; weights stay in float32.
 
     Returns:
         Whether the stage is complete.
@@ -157,18 +174,19 @@ def run_stage(
         lr_scheduler_type=stage.schedule,
         warmup_steps=min(20, stage.num_steps),
         train_sampling_strategy="sequential",
-        **common_arguments(folder, seed=seed, save_steps=50, logging_steps=10),
+        **common_arguments(folder, seed=seed, save_steps=50, logging_steps=10, bf16=bf16),
     )
     stop = StopAtTime(deadline)
     trainer = FeatureTrainer(
         model,
         args,
-        data_collator=LessonCollator(model, processor),
+        data_collator=LessonCollator(model, processor, bf16=bf16),
         train_dataset=CrossLessons(stage, first_seed=first_seed),
         processing_class=processor,
         callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
     )
-    trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
+    with fast_attention(bf16):
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
     return not stop.stopped
 
 
@@ -181,6 +199,7 @@ def run_both(
     first_seed: int,
     deadline: float,
     num_pairs: int = RL_PAIRS,
+    bf16: bool = False,
 ) -> bool:
     """Trains both modules in turn by cross-granularity training, on questions without segments to learn from.
 
@@ -194,6 +213,7 @@ def run_both(
         first_seed: number of the first scene.
         deadline: value of `time.monotonic()` at which to stop.
         num_pairs: pairs of a coarse and a fine step.
+        bf16: whether to compute in bfloat16; weights stay in float32.
 
     Returns:
         Whether the stage is complete.
@@ -209,7 +229,7 @@ def run_both(
         max_policy_tokens=10,
         max_answer_tokens=4,
         keep_frames=4096,
-        **common_arguments(folder, seed=seed, save_steps=10, logging_steps=10),
+        **common_arguments(folder, seed=seed, save_steps=10, logging_steps=10, bf16=bf16),
     )
     stop = StopAfterPair(deadline)
     trainer = CrossGranularityTrainer(
@@ -221,7 +241,8 @@ def run_both(
         processing_class=processor,
         callbacks=[stop, LossLog(out / "log.jsonl", RL_NAME)],
     )
-    trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
+    with fast_attention(bf16):
+        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
     return not stop.stopped
 
 
@@ -275,7 +296,9 @@ def _learning(model: PreTrainedModel, tower: nn.Module) -> PreTrainedModel:
     return model
 
 
-def train(out: Path, *, minutes: float, seed: int = 0, scale: float = 1.0, num_checks: int = 50) -> Path | None:
+def train(
+    out: Path, *, minutes: float, seed: int = 0, scale: float = 1.0, num_checks: int = 50, bf16: bool = False
+) -> Path | None:
     """Trains the tiny CrossVLLM through all stages, or as far as the time allows.
 
     Args:
@@ -284,6 +307,7 @@ def train(out: Path, *, minutes: float, seed: int = 0, scale: float = 1.0, num_c
         seed: random seed.
         scale: factor of the length of every stage.
         num_checks: held-out questions that are answered after each stage; 0 for none.
+        bf16: whether to compute in bfloat16; weights stay in float32, and so do the lessons of tower and projectors.
 
     Returns:
         Folder of the finished model, or None when stages are left for a later run.
@@ -311,7 +335,7 @@ def train(out: Path, *, minutes: float, seed: int = 0, scale: float = 1.0, num_c
         if done.exists():
             model = CrossVLLMForConditionalGeneration.from_pretrained(find_last_checkpoint(str(done.parent)))
             continue
-        place = {"seed": seed, "first_seed": start, "deadline": deadline}
+        place = {"seed": seed, "first_seed": start, "deadline": deadline, "bf16": bf16}
         if stage is None:
             complete = run_both(model, processor, out, **place, num_pairs=steps(RL_PAIRS))
         else:
@@ -339,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the length of all stages (default 1)")
     parser.add_argument("--checks", type=int, default=50, help="held-out questions after each stage (default 50)")
+    parser.add_argument("--bf16", action="store_true", help=BF16_HELP)
     parser.add_argument("--threads", type=int, default=None, help="CPU threads")
     args = parser.parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -346,7 +371,14 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
 
     def work() -> int:
-        folder = train(Path(args.out), minutes=args.minutes, seed=args.seed, scale=args.scale, num_checks=args.checks)
+        folder = train(
+            Path(args.out),
+            minutes=args.minutes,
+            seed=args.seed,
+            scale=args.scale,
+            num_checks=args.checks,
+            bf16=args.bf16,
+        )
         print(
             f"finished: {folder}" if folder else f"stopped at the time limit; give the same command again ({args.out})"
         )
