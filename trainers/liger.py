@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import is_liger_kernel_available, is_peft_available, logging
 
+from longvideo.trainers.head_in_loss import has_own_loss, head_in_loss, is_plain_head, without_logits
+
 logger = logging.get_logger(__name__)
 
 # Those of TrainingArguments.liger_kernel_config that concern the loss; the rest goes to the text model.
@@ -80,16 +82,16 @@ def _why_not(base: nn.Module, text_model: nn.Module | None, device: torch.device
     return None
 
 
-def _has_own_loss(base: nn.Module) -> bool:
-    # A loss over two tokens at a coordinate needs logits; without coordinates it is the ordinary one.
-    return bool(getattr(base.config, "num_coordinate_tokens", 0))
+def has_fused_loss(base: nn.Module) -> bool:
+    """Whether liger's loss is in a model."""
+    return getattr(base, "_longvideo_fused_loss", False)
 
 
 def _fuse_loss(base: PreTrainedModel) -> None:
     """Wraps the forward of one instance; calling it again does nothing."""
-    if getattr(base, "_longvideo_fused_loss", False):
+    if has_fused_loss(base):
         return
-    if _has_own_loss(base):
+    if has_own_loss(base):
         logger.warning_once(
             f"{type(base).__name__} computes its own loss from logits; liger-kernel's fused one is left out."
         )
@@ -98,57 +100,34 @@ def _fuse_loss(base: PreTrainedModel) -> None:
 
     @functools.wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        head = base.get_output_embeddings()
         fused = (
             base.training
             and torch.is_grad_enabled()
             and kwargs.get("labels") is not None
             and kwargs.get("return_dict", base.config.return_dict) is not False
-            and _is_plain_head(head)
+            and is_plain_head(base.get_output_embeddings())
             and not is_deepspeed_zero3_enabled()
         )
         if not fused:
             return plain(*args, **kwargs)
-        with _head_in_loss(base, head):
+        with head_in_loss(base, _liger_loss):
             outputs = plain(*args, **kwargs)
-        # What stands there as logits are hidden states. An output keeps its entries when an attribute becomes None.
-        return type(outputs)(**{key: value for key, value in outputs.items() if key != "logits"})
+        return without_logits(outputs)
 
     base.forward = forward
     base._longvideo_fused_loss = True
 
 
-def _is_plain_head(head: nn.Module) -> bool:
-    """Whether the weight is all there is to a head: an adapter's wrapper and a hook that moves weights are more."""
-    return isinstance(head, nn.Linear) and not hasattr(head, "base_layer") and not hasattr(head, "_hf_hook")
+def _liger_loss(hidden_states: torch.Tensor, labels: torch.Tensor, head: nn.Module, **kwargs: Any) -> torch.Tensor:
+    from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
 
-
-@contextmanager
-def _head_in_loss(base: PreTrainedModel, head: nn.Module) -> Iterator[None]:
-    """Lets the head return what it is given, and the loss apply it."""
-    own_loss = base.__dict__.get("_loss_function")
-    own_forward = head.__dict__.get("forward")
-
-    def loss(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int | None = None, **kwargs: Any) -> torch.Tensor:
-        from liger_kernel.transformers.model.loss_utils import LigerForCausalLMLoss
-
-        return LigerForCausalLMLoss(
-            hidden_states=logits,
-            lm_head_weight=head.weight,
-            labels=labels,
-            hidden_size=logits.shape[-1],
-            **{key: value for key, value in kwargs.items() if key in ("num_items_in_batch", "shift_labels")},
-        )
-
-    base.__dict__["_loss_function"] = loss
-    head.__dict__["forward"] = lambda hidden_states: hidden_states
-    try:
-        yield
-    finally:
-        for owner, name, own in ((base, "_loss_function", own_loss), (head, "forward", own_forward)):
-            owner.__dict__.pop(name, None)
-            if own is not None:
-                owner.__dict__[name] = own
+    return LigerForCausalLMLoss(
+        hidden_states=hidden_states,
+        lm_head_weight=head.weight,
+        labels=labels,
+        hidden_size=hidden_states.shape[-1],
+        **{key: value for key, value in kwargs.items() if key in ("num_items_in_batch", "shift_labels")},
+    )
 
 
 @contextmanager

@@ -46,6 +46,10 @@ class VideoSFTConfig(TrainingArguments):
         encoded_features_dir: Folder for encoded videos; they are read from there from the second epoch on, and by
             other runs with the same frozen encoder and the same settings. Tower and connector must be frozen. None
             decodes and encodes videos each time.
+        supervised_logits_only: Whether a step of training makes logits of supervised positions alone, which saves
+            most of their memory and of the head's time; the loss is the same. The output that `compute_loss` returns
+            in training then has no logits; False is for code that reads them. Evaluation always has all of them, and
+            so have LLaVA-ST with coordinates, adapters on the head, FSDP, ZeRO-3 and `torch_compile`.
 
     `train_sampling_strategy="group_by_length"` puts rows of like length into one batch, frames of their videos
     counted; a column `length` (`length_column_name`) is taken as it is.
@@ -100,6 +104,9 @@ class VideoSFTConfig(TrainingArguments):
     )
     encoded_features_dir: str | None = field(
         default=None, metadata={"help": "Folder for videos that the frozen encoder encodes once. Default: none."}
+    )
+    supervised_logits_only: bool = field(
+        default=True, metadata={"help": "Make logits of supervised positions alone in training."}
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ from longvideo.trainers.freezing import (
     set_trainable_parts,
     sub_part_of,
 )
-from longvideo.trainers.liger import liger_in_training
+from longvideo.trainers.head_in_loss import supervised_logits, without_logits
+from longvideo.trainers.liger import has_fused_loss, liger_in_training
 from longvideo.trainers.sampling import GroupedRows, row_lengths
 from longvideo.trainers.scale import check_parallelism
 from longvideo.trainers.sft_config import VideoSFTConfig
@@ -344,7 +345,12 @@ class VideoSFTTrainer(Trainer):
             image_token_id=getattr(config, "image_token_id", None),
         )
         inputs["use_cache"] = False
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with supervised_logits(_base_model(self.model), wanted=self._may_leave_logits_out()) as are_left_out:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        if are_left_out:
+            outputs = without_logits(outputs)
         if self.model.training:
             check_loss(loss, step=self.state.global_step + 1, rows=facts.rows)
             self._gradient_guard.rows += facts.rows
@@ -352,6 +358,15 @@ class VideoSFTTrainer(Trainer):
             self._window_frames += counts.frames + num_frames
             self._window_visual_tokens += counts.placeholders + num_inserted_tokens(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _may_leave_logits_out(self) -> bool:
+        # Engines gather a sharded head in its own forward, liger has its own way, and compiled code keeps one path.
+        return (
+            self.args.supervised_logits_only
+            and not _is_sharded(self)
+            and not has_fused_loss(_base_model(self.model))
+            and not self.args.torch_compile
+        )
 
     def _use_encoded(self, inputs: dict[str, Any]) -> int:
         """Puts features in place of the encoded videos of a batch, after encoding those that are not stored yet.

@@ -1,7 +1,8 @@
 """Long scenes: minutes of an empty ground on which a shape or a letter is seen for some seconds now and then.
 
 They are made beside `make_scene`, with random numbers of their own. Events come one after another, each begins and
-ends at a multiple of five seconds, and every question can be answered from one of them alone: its segment.
+ends at a multiple of ten seconds, of five in short scenes, and every question can be answered from one of them alone:
+its segment.
 """
 
 import random
@@ -51,25 +52,27 @@ class LongDifficulty:
     """Knobs of long scenes.
 
     Attributes:
-        durations: lengths of videos in seconds, multiples of five.
+        durations: lengths of videos in seconds, multiples of `step`.
         shapes: numbers of shapes to draw from.
-        stays: seconds that a shape or a letter is seen, multiples of five.
+        stays: seconds that a shape or a letter is seen, multiples of `step`.
         letter: chance of a letter.
         move: chance that a shape moves, all the time that it is seen.
         backgrounds: kinds to draw from.
+        step: seconds; events begin and end at multiples of it, with a pause of at least one between them.
     """
 
     durations: tuple[int, ...] = (120, 180, 240, 300)
-    shapes: tuple[int, ...] = (2, 3, 4)
-    stays: tuple[int, ...] = (10, 15, 20)
+    shapes: tuple[int, ...] = (2, 3)
+    stays: tuple[int, ...] = (10, 20)
     letter: float = 0.6
     move: float = 0.5
     backgrounds: tuple[str, ...] = BACKGROUNDS
+    step: int = 2 * TIME_STEP
 
 
 LONG_DIFFICULTIES: dict[str, LongDifficulty] = {
     "long": LongDifficulty(),
-    "short": LongDifficulty(durations=(40, 50, 60), shapes=(1, 2), stays=(5, 10), letter=0.4),
+    "short": LongDifficulty(durations=(40, 50, 60), shapes=(1, 2), stays=(5, 10), letter=0.4, step=TIME_STEP),
 }
 
 
@@ -110,7 +113,7 @@ def make_long_scene(seed: int, split: str = "train", *, difficulty: str | LongDi
     background = _draw_background(rng, knobs.backgrounds)
     count = rng.choice(knobs.shapes)
     has_letter = rng.random() < knobs.letter
-    spans = _draw_spans(rng, duration, count + has_letter, knobs.stays)
+    spans = _draw_spans(rng, duration, count + has_letter, knobs)
     rng.shuffle(spans)
     needle = Needle(rng.choice(LETTERS), *spans.pop()) if has_letter else None
     forms, colours = rng.sample(SHAPES, count), rng.sample(tuple(COLOURS), count)
@@ -133,10 +136,10 @@ def resolve_long_difficulty(difficulty: str | LongDifficulty) -> LongDifficulty:
     return LONG_DIFFICULTIES[difficulty]
 
 
-def _draw_spans(rng: random.Random, duration: int, count: int, stays: tuple[int, ...]) -> list[tuple[float, float]]:
+def _draw_spans(rng: random.Random, duration: int, count: int, knobs: LongDifficulty) -> list[tuple[float, float]]:
     """Spans one after another with pauses of at least one step; all times are multiples of the step."""
-    lengths = [rng.choice(stays) for _ in range(count)]
-    free = (duration - sum(lengths)) // TIME_STEP - (count - 1)
+    lengths = [rng.choice(knobs.stays) for _ in range(count)]
+    free = (duration - sum(lengths)) // knobs.step - (count - 1)
     if free < 0:
         raise ValueError(
             f"{count} events of {lengths} s do not fit into {duration} s: use longer videos or less events"
@@ -145,7 +148,7 @@ def _draw_spans(rng: random.Random, duration: int, count: int, stays: tuple[int,
     borders = sorted(rng.randint(0, free) for _ in range(count))
     spans, used = [], 0
     for index, (border, length) in enumerate(zip(borders, lengths, strict=True)):
-        start = (border + index) * TIME_STEP + used
+        start = (border + index) * knobs.step + used
         spans.append((float(start), float(start + length)))
         used += length
     return spans

@@ -185,7 +185,13 @@ def build_crossvllm() -> tuple[PreTrainedModel, ProcessorMixin]:
     frames = {"coarse": COARSE_FRAMES, "fine": FINE_FRAMES}
     counts = {f"{name}_{what}": frames[name] for name in frames for what in ("num_frames", "training_frames")}
     config = CrossVLLMConfig.from_backbone_config(
-        backbone_config, **counts, rope_factor=1, vision_chunk_size=64, lora_r=16, initializer_range=INIT_STD
+        backbone_config,
+        **counts,
+        rope_factor=1,
+        vision_chunk_size=64,
+        lora_r=32,
+        lora_dropout=0.0,
+        initializer_range=INIT_STD,
     )
     backbone = AutoModelForImageTextToText.from_config(backbone_config)
     model = CrossVLLMForConditionalGeneration(config)

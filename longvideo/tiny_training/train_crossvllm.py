@@ -44,8 +44,10 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 DECODER = "videochat_flash"
 MODULES = ("coarse", "fine")
-# Long videos too; a letter beside the shape so that some have a second question.
+# Long videos too. With a letter beside the shape some of them have a second question.
 ONE_THING = LongDifficulty(shapes=(1,), letter=0.3)
+# What overview has to find among others is sometimes alone.
+ONE_TO_THREE = LongDifficulty(shapes=(1, 2, 2, 3))
 STAGES = (
     CrossStage("1-align", 80, 3e-4, (("plain_coarse", 0.5), ("plain_fine", 0.5)), "short", "projectors"),
     CrossStage(
@@ -60,14 +62,13 @@ STAGES = (
     # Where a video shows one thing alone, no step of finding it stands between a place and its time.
     CrossStage(
         "2b-one-thing",
-        900,
+        2000,
         1e-3,
-        (("policy", 0.75), ("plain_fine", 0.15), ("judge", 0.1)),
+        (("policy", 0.8), ("plain_fine", 0.1), ("judge", 0.1)),
         ONE_THING,
         "base",
-        "constant_with_warmup",
     ),
-    CrossStage("3-coarse", 1500, 2e-3, (("policy", 1.0),), "long", "coarse"),
+    CrossStage("3-coarse", 1500, 2e-3, (("policy", 1.0),), ONE_TO_THREE, "coarse"),
     CrossStage("4-fine", 500, 2e-3, (("cut", 0.6), ("judge", 0.4)), "long", "fine"),
 )
 RL_NAME = "5-both"
