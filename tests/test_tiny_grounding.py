@@ -53,7 +53,7 @@ def test_stages_are_those_of_the_paper() -> None:
         {"rec", "tvg", "tr"},
         {"rec", "reg", "tvg", "tr"},
     ]
-    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:]) and len(asked) == 8
+    assert asked[-1] >= set(GROUNDING_TASKS) and all(stage.lape for stage in GROUNDING_STAGES[2:]) and len(asked) == 9
     # What was taught in random order is taught more and more in its own.
     assert [stage.shuffled for stage in GROUNDING_STAGES] == [0, 0, 0, 1, 1, 1, 0.7, 0.3]
     for stage, names in zip(GROUNDING_STAGES, asked, strict=True):
@@ -126,7 +126,7 @@ def test_stages_can_be_shorter() -> None:
     assert scale_stage(GROUNDING_STAGES[0], 2).warmup_steps == GROUNDING_STAGES[0].warmup_steps
 
 
-@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 6), (("lape",), [False] * 8)])
+@pytest.mark.parametrize(("without", "wanted"), [((), [False] * 2 + [True] * 7), (("lape",), [False] * 9)])
 def test_position_embeddings_begin_with_places(without, wanted) -> None:
     model = tiny_llava_st_model()
     found = []

@@ -215,17 +215,6 @@ GROUNDING_STAGES = (
         connector_rate=0.05,
         shuffled=0.3,
     ),
-    # Times were learned over boxes, which the lessons of one task among many had left half learned.
-    GroundingStage(
-        "4-places",
-        19_200,
-        1e-3,
-        "linear",
-        20,
-        (("rec", 0.68), ("tvg", 0.18), ("stvg", 0.06), ("svg", 0.04), ("reg", 0.04)),
-        pictures=SEVERAL,
-        **PLACES,
-    ),
 )
 
 
