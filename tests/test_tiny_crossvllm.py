@@ -13,8 +13,15 @@ from longvideo.evaluation.granularity_table import main as table
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
 from longvideo.modeling.videochat_flash.modeling_videochat_flash import VideoChatFlashForConditionalGeneration
 from longvideo.processing.crossvllm import policies
-from longvideo.tiny_training import build_parts, crossvllm_rows, crossvllm_towers, train_crossvllm
-from longvideo.tiny_training.build_crossvllm import NOT_SEEN, build_crossvllm, order_times, prompt_phrases, take_tower
+from longvideo.tiny_training import build_parts, crossvllm_rows, train_crossvllm
+from longvideo.tiny_training.build_crossvllm import (
+    NOT_SEEN,
+    build_crossvllm,
+    order_times,
+    prompt_phrases,
+    take_projectors,
+    take_tower,
+)
 from longvideo.tiny_training.crossvllm_rows import (
     CrossLessons,
     LessonCollator,
@@ -95,6 +102,17 @@ def test_it_begins_with_a_trained_decoder_and_tower(built) -> None:
     likeness = torch.cosine_similarity(ours - ours.mean((0, 1)), wanted - wanted.mean((0, 1)), dim=-1)
     assert likeness.mean() > 0.5
     model.load_state_dict(state)
+
+
+def test_projectors_begin_as_the_connector_that_the_decoder_knows(built) -> None:
+    model, _ = built
+    theirs = VideoChatFlashForConditionalGeneration.from_pretrained(SOURCE, dtype=torch.float32)
+    patches = torch.rand(3, 36, 128, generator=torch.Generator().manual_seed(0))
+    fresh = model.model.projectors["coarse"](patches)
+    take_projectors(model, SOURCE)
+    for projector in model.model.projectors.values():
+        torch.testing.assert_close(projector(patches), theirs.model.multi_modal_projector(patches))
+    assert not torch.allclose(fresh, model.model.projectors["coarse"](patches))
 
 
 def test_times_that_are_near_have_embeddings_that_are_near(built) -> None:
@@ -214,7 +232,6 @@ def test_all_stages_and_the_table_at_the_smallest_size(tmp_path, monkeypatch, ca
     monkeypatch.setattr(crossvllm_rows, "BATCH_SIZE", 2)
     monkeypatch.setattr(train_crossvllm, "BATCH_SIZE", 2)
     monkeypatch.setattr(train_crossvllm, "RL_QUESTIONS", 1)
-    monkeypatch.setattr(crossvllm_towers, "SCENES", 2)
     out = tmp_path / "run"
     # Given up before the last stage, then continued.
     real = train_crossvllm.run_both

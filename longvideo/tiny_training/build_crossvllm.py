@@ -152,6 +152,21 @@ def take_tower(model: CrossVLLMForConditionalGeneration, folder: str | Path) -> 
             layer.bias.copy_(bias)
 
 
+@torch.no_grad()
+def take_projectors(model: CrossVLLMForConditionalGeneration, folder: str | Path) -> None:
+    """Lets both projectors begin as the connector of the tiny VideoChat-Flash.
+
+    The decoder comes from there too, and what it knows about finding what a question names stays of use.
+
+    Args:
+        model: model with fresh projectors of the same sizes; changed in place.
+        folder: the tiny VideoChat-Flash.
+    """
+    source = VideoChatFlashForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
+    for projector in model.model.projectors.values():
+        projector.load_state_dict(source.multi_modal_projector.state_dict())
+
+
 def build_crossvllm() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Makes the tiny CrossVLLM without adapters, random, with its processor.
 

@@ -2,13 +2,14 @@
 
     python -m longvideo.tiny_training.train_crossvllm --out runs/tiny_crossvllm
 
-Stages are folders of `--out`: tower and projectors, alignment of the projectors, a base that answers plain questions
-and knows the forms of all prompts on short videos, the coarse and the fine module by supervised finetuning, and both
+Stages are folders of `--out`: the tower, alignment of the projectors, a base that answers plain questions and then
+knows the forms of all prompts where little is seen, the coarse and the fine module by supervised finetuning, and both
 by cross-granularity training. A run that was stopped goes on from the newest complete checkpoint when the command is
 given again. After each stage a few held-out questions are answered; what came of it stands in the log.
 
 Differs from the paper: its base is a language model that follows any prompt, so that only P_c is trained; here the
-base learns the forms of the policies on short videos, and both modules see them again beside what the paper trains.
+base learns the forms of the policies on videos of one or two things, and both modules see them again beside what the
+paper trains.
 """
 
 import argparse
@@ -26,15 +27,16 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from longvideo.evaluation.command import run_command
+from longvideo.evaluation.corpus import Difficulty
 from longvideo.evaluation.corpus.long_scenes import LongDifficulty
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
-from longvideo.tiny_training.build_crossvllm import build_crossvllm, order_times, take_tower
+from longvideo.tiny_training.build_crossvllm import build_crossvllm, order_times, take_projectors, take_tower
+from longvideo.tiny_training.build_parts import encode_frames
 from longvideo.tiny_training.crossvllm_checks import check_modules
 from longvideo.tiny_training.crossvllm_rows import BATCH_SIZE, CrossLessons, CrossStage, LessonCollator, LongQuestions
-from longvideo.tiny_training.crossvllm_towers import PROJECTOR_STEPS, TOWER, teach_projectors
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
 from longvideo.tiny_training.precision import BF16_HELP, fast_attention, precision_arguments
-from longvideo.tiny_training.tower import pretrain_tower
+from longvideo.tiny_training.tower import IMAGES, TowerLessons, pretrain_tower
 from longvideo.tiny_training.train import LossLog, StopAtTime, export
 from longvideo.trainers.cross_granularity_config import CrossGranularityConfig
 from longvideo.trainers.cross_granularity_state import load_state, save_state
@@ -44,32 +46,47 @@ from longvideo.trainers.sft_trainer import VideoSFTTrainer, find_last_checkpoint
 
 DECODER = "videochat_flash"
 MODULES = ("coarse", "fine")
-# Long videos too. With a letter beside the shape some of them have a second question.
-ONE_THING = LongDifficulty(shapes=(1,), letter=0.3)
-# What overview has to find among others is sometimes alone.
-ONE_TO_THREE = LongDifficulty(shapes=(1, 2, 2, 3))
+# Something is seen in every frame; in a tenth of them it is a letter.
+SHOWN = Difficulty(shapes=(1, 1, 2), timed=False, needle=1.0)
+TOWER = TowerLessons(
+    "clip",
+    tower=lambda model: model.model.vision_tower,
+    encode=encode_frames,
+    statistics=lambda processor: (processor.video_processor.image_mean, processor.video_processor.image_std),
+    phases=(replace(IMAGES, difficulty=SHOWN, batch_size=64, num_steps=200, learning_rate=5e-4, warmup_steps=20),),
+)
+# What is asked for is often alone: no step of finding it stands between a place and its time.
+MOSTLY_ONE = LongDifficulty(shapes=(1, 1, 1, 2), letter=0.3)
+ONE_TO_THREE = LongDifficulty(shapes=(1, 2, 3))
 STAGES = (
-    CrossStage("1-align", 80, 3e-4, (("plain_coarse", 0.5), ("plain_fine", 0.5)), "short", "projectors"),
     CrossStage(
-        "2a-base",
-        500,
-        1e-3,
-        (("plain_coarse", 0.15), ("plain_fine", 0.3), ("policy", 0.35), ("judge", 0.2)),
-        "short",
+        "1-align",
+        100,
+        7e-4,
+        (("plain_coarse", 0.8), ("plain_fine", 0.2)),
+        ONE_TO_THREE,
+        "projectors",
+        "constant_with_warmup",
+    ),
+    CrossStage(
+        "2a-answers",
+        300,
+        7e-4,
+        (("plain_coarse", 0.6), ("plain_fine", 0.2), ("judge", 0.2)),
+        ONE_TO_THREE,
         "base",
         "constant_with_warmup",
     ),
-    # Where a video shows one thing alone, no step of finding it stands between a place and its time.
     CrossStage(
-        "2b-one-thing",
-        2000,
+        "2b-times",
+        1500,
         1e-3,
-        (("policy", 0.8), ("plain_fine", 0.1), ("judge", 0.1)),
-        ONE_THING,
+        (("policy", 0.7), ("plain_coarse", 0.1), ("plain_fine", 0.1), ("judge", 0.1)),
+        MOSTLY_ONE,
         "base",
     ),
-    CrossStage("3-coarse", 1500, 2e-3, (("policy", 1.0),), ONE_TO_THREE, "coarse"),
-    CrossStage("4-fine", 500, 2e-3, (("cut", 0.6), ("judge", 0.4)), "long", "fine"),
+    CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0),), "long", "coarse"),
+    CrossStage("4-fine", 300, 1e-3, (("cut", 0.6), ("judge", 0.4)), "long", "fine"),
 )
 RL_NAME = "5-both"
 RL_PAIRS = 100
@@ -224,7 +241,7 @@ def run_both(
         per_device_train_batch_size=RL_QUESTIONS,
         max_steps=2 * num_pairs,
         coarse_learning_rate=5e-4,
-        fine_learning_rate=2e-4,
+        fine_learning_rate=5e-5,
         warmup_steps=min(10, num_pairs),
         lr_scheduler_type="cosine",
         max_policy_tokens=10,
@@ -255,46 +272,34 @@ class StopAfterPair(StopAtTime):
             super().on_step_end(args, state, control, **kwargs)
 
 
-def build(out: Path, *, seed: int, tower_steps: int, projector_steps: int) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Makes the model with a taught tower and taught projectors, or loads these where they are there already.
+def build(out: Path, *, seed: int, tower_steps: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Makes the model with a taught tower, or loads that where it is there already.
 
     Args:
         out: folder of all stages.
         seed: random seed of the run.
         tower_steps: steps of the tower's lessons.
-        projector_steps: steps of the projectors' lessons.
 
     Returns:
         Model and processor.
     """
     model, processor = build_crossvllm()
     take_decoder(model, processor.tokenizer, TINY_FOLDER / DECODER)
+    take_projectors(model, TINY_FOLDER / DECODER)
     order_times(model, processor.tokenizer)
-    folder, log = out / "0-tower", out / "log.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, module in (("clip", model.model.vision_tower), ("projectors", model.model.projectors)):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            module.load_state_dict(load_file(path))
-            continue
-        first_seed = seed * 10_000_000 + (5_000_000 if name == "clip" else 6_000_000)
-        if name == "clip":
-            take_tower(model, TINY_FOLDER / DECODER)
-            phases = tuple(replace(phase, num_steps=tower_steps) for phase in TOWER.phases)
-            pretrain_tower(
-                replace(TOWER, phases=phases), _learning(model, module), processor, first_seed=first_seed, log=log
-            )
-        else:
-            teach_projectors(model, processor, first_seed=first_seed, log=log, num_steps=projector_steps)
-        module.eval().requires_grad_(False)
-        save_file(module.state_dict(), path.with_suffix(".partial"))
+    tower, path = model.model.vision_tower, out / "0-tower" / "clip.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        tower.load_state_dict(load_file(path))
+    else:
+        take_tower(model, TINY_FOLDER / DECODER)
+        tower.requires_grad_(True)
+        lessons = replace(TOWER, phases=tuple(replace(phase, num_steps=tower_steps) for phase in TOWER.phases))
+        pretrain_tower(lessons, model, processor, first_seed=seed * 10_000_000 + 5_000_000, log=out / "log.jsonl")
+        save_file(tower.state_dict(), path.with_suffix(".partial"))
         path.with_suffix(".partial").rename(path)
+    tower.eval().requires_grad_(False)
     return model, processor
-
-
-def _learning(model: PreTrainedModel, tower: nn.Module) -> PreTrainedModel:
-    tower.requires_grad_(True)
-    return model
 
 
 def train(
@@ -325,9 +330,7 @@ def train(
     def steps(number: int) -> int:
         return max(round(number * scale), 1)
 
-    model, processor = build(
-        out, seed=seed, tower_steps=steps(TOWER.phases[0].num_steps), projector_steps=steps(PROJECTOR_STEPS)
-    )
+    model, processor = build(out, seed=seed, tower_steps=steps(TOWER.phases[0].num_steps))
     first_seed = seed * 10_000_000
     for stage in (*STAGES, None):
         name = RL_NAME if stage is None else stage.name
