@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import longvideo
 from longvideo.evaluation import answer_grounding, answer_questions
+from longvideo.tiny_training.crossvllm_checks import check_modules
 from longvideo.tiny_training.decoder import TINY_FOLDER
 
 SHIPPED = sorted(path.parent.name for path in Path(TINY_FOLDER).glob("*/config.json"))
@@ -76,3 +78,14 @@ def test_it_finds_times_and_places(tmp_path, capsys) -> None:
     # One fixed box or span overlaps by less than 0.2 on average.
     assert summary["rec"]["mIoU"]["value"] >= 0.4, capsys.readouterr().out
     assert summary["tvg"]["mIoU"]["value"] >= 0.4, capsys.readouterr().out
+
+
+def test_its_modules_look_and_judge() -> None:
+    folder = longvideo.tiny_checkpoint("crossvllm")
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    found = check_modules(model, processor, 32)
+    # A segment of 10 to 20 seconds at random in two to five minutes touches the right one in a seventh of all cases;
+    # one answer at random is right in less than a fifth, and one judgement in half.
+    assert found["parsed"] >= 0.9 and found["overlaps"] >= 0.2
+    assert found["right_true"] >= 0.6 and min(found["accepts_true"], found["rejects_wrong"]) >= 0.8
