@@ -32,7 +32,9 @@ def test_it_is_small_and_whole(name: str) -> None:
     )
     assert AutoConfig.from_pretrained(folder).model_type == name
     log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    assert log[-1]["stage"] and log[-1]["step"] > 0
+    # Checks between stages have no step.
+    trained = [line for line in log if "step" in line]
+    assert trained[-1]["stage"] and trained[-1]["step"] > 0
 
 
 @pytest.mark.parametrize("name", sorted(set(SHIPPED) - ASKED_OTHERWISE))
