@@ -91,7 +91,6 @@ STAGES = (
 RL_NAME = "5-both"
 RL_PAIRS = 100
 RL_QUESTIONS = 8
-TRAINED_NAMES = {"projectors": [r"projectors\."], "base": [r"projectors\.", r"language_model\."]}
 
 
 class FeatureTrainer(VideoSFTTrainer):
