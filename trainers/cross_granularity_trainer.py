@@ -31,6 +31,7 @@ from longvideo.trainers.cross_granularity_modules import (
 from longvideo.trainers.cross_granularity_rows import PairedSteps, QuestionCollator, Segment, VideoQuestion
 from longvideo.trainers.cross_granularity_state import check_even_step, load_state, save_state
 from longvideo.trainers.dpo_loss import answer_log_probs
+from longvideo.trainers.scale import is_sharded
 from longvideo.trainers.sft_trainer import VideoSFTTrainer
 
 MODULES = ("coarse", "fine")
@@ -127,8 +128,7 @@ class CrossGranularityTrainer(VideoSFTTrainer):
         self.phase = "coarse"
         self._sums = {split: torch.zeros(2, len(METRICS), dtype=torch.float64) for split in ("train", "eval")}
         super().__init__(model, args, data_collator=data_collator, processing_class=processing_class, **kwargs)
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        if is_sharded(self):
             raise ValueError(
                 "Policies are sampled from the whole model, which FSDP and ZeRO-3 cut up. Use DDP: base and adapters "
                 "fit one device, and only adapters learn."

@@ -130,3 +130,16 @@ def _own_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether every process holds only a part of each weight.
+
+    Args:
+        trainer: A `transformers.Trainer`.
+
+    Returns:
+        True under FSDP and ZeRO stage 3.
+    """
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    return bool(trainer.is_fsdp_enabled) or (plugin is not None and plugin.zero_stage == 3)

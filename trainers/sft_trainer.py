@@ -34,7 +34,7 @@ from longvideo.trainers.freezing import (
 from longvideo.trainers.head_in_loss import supervised_logits, without_logits
 from longvideo.trainers.liger import has_fused_loss, liger_in_training
 from longvideo.trainers.sampling import GroupedRows, row_lengths
-from longvideo.trainers.scale import check_parallelism
+from longvideo.trainers.scale import check_parallelism, is_sharded
 from longvideo.trainers.sft_config import VideoSFTConfig
 
 __all__ = ["VideoSFTTrainer", "find_last_checkpoint", "prepare_model", "set_trainable_parts"]
@@ -363,7 +363,7 @@ class VideoSFTTrainer(Trainer):
         # Engines gather a sharded head in its own forward, liger has its own way, and compiled code keeps one path.
         return (
             self.args.supervised_logits_only
-            and not _is_sharded(self)
+            and not is_sharded(self)
             and not has_fused_loss(_base_model(self.model))
             and not self.args.torch_compile
         )
@@ -378,7 +378,7 @@ class VideoSFTTrainer(Trainer):
         if not entries:
             return 0
         model = _base_model(self.model)
-        if any(entry.pixels is not None for entry in entries) and _is_sharded(self):
+        if any(entry.pixels is not None for entry in entries) and is_sharded(self):
             raise ValueError(
                 "A video is not in encoded_features_dir yet, and a sharded model cannot encode it apart. Encode all "
                 "of them first, in a run of one process per GPU without sharding: trainer.encode_videos()."
@@ -455,11 +455,6 @@ def _prepare(model: nn.Module, args: VideoSFTConfig) -> None:
 
 def _base_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if is_peft_model(model) else model
-
-
-def _is_sharded(trainer: Trainer) -> bool:
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    return bool(trainer.is_fsdp_enabled) or (plugin is not None and plugin.zero_stage == 3)
 
 
 def _length_column(rows: Any, name: str) -> list[int] | None:
