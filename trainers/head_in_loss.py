@@ -111,6 +111,8 @@ def _supervised_logits(base: nn.Module) -> Iterator[bool]:
         mask_BS = following_BS.to(hidden_BSD.device) != IGNORE_INDEX
         logits_1NV = F.linear(hidden_BSD[mask_BS], head.weight, head.bias)[None]
         following_1N = following_BS.to(hidden_BSD.device)[mask_BS][None]
+        # A model may take the number of words from what it believes to be logits.
+        kwargs["vocab_size"] = logits_1NV.shape[-1]
         return own_loss(logits=logits_1NV, labels=None, shift_labels=following_1N, **kwargs)
 
     with head_in_loss(base, loss):

@@ -129,7 +129,7 @@ def test_dropout_gives_finite_gradients_to_every_parameter(make_trainer, kind):
 
 
 def test_dropout_shortens_the_sequence_and_keeps_every_answer_token(make_trainer):
-    trainer = make_trainer(toy_rows(8), model_kwargs=DROPOUT)
+    trainer = make_trainer(toy_rows(8), model_kwargs=DROPOUT, supervised_logits_only=False)
     batch = trainer.data_collator(toy_rows(8)[3:6])
     _, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     assert outputs.logits.shape[1] < batch["input_ids"].shape[1]
