@@ -12,7 +12,7 @@ from longvideo.evaluation.answer_questions import load_checkpoint
 MODULES = ("coarse", "fine")
 STATES = ("base", "tuned", "final")
 # Folders of a training, one for each state.
-STAGE_FOLDERS = {"base": "2b-times", "tuned": "4-fine", "final": "5-both"}
+STAGE_FOLDERS = {"base": "2g-all", "tuned": "4-fine", "final": "5-both"}
 
 States = dict[str, dict[str, dict[str, torch.Tensor]]]
 

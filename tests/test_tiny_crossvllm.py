@@ -2,12 +2,21 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from longvideo.evaluation.corpus.long_scenes import LONG_FPS, long_items, long_questions, make_long_scene, render_long
+from longvideo.evaluation.corpus.long_scenes import (
+    LONG_FPS,
+    LongDifficulty,
+    long_items,
+    long_questions,
+    make_long_scene,
+    render_long,
+)
+from longvideo.evaluation.corpus.scenes import COLOURS, SHAPES
 from longvideo.evaluation.granularity_table import ROWS
 from longvideo.evaluation.granularity_table import main as table
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
@@ -16,6 +25,7 @@ from longvideo.processing.crossvllm import policies
 from longvideo.tiny_training import build_parts, crossvllm_rows, train_crossvllm
 from longvideo.tiny_training.build_crossvllm import (
     NOT_SEEN,
+    begin_as_answers,
     build_crossvllm,
     order_times,
     prompt_phrases,
@@ -129,11 +139,14 @@ def test_times_that_are_near_have_embeddings_that_are_near(built) -> None:
 @pytest.mark.parametrize("form", crossvllm_rows.FORMS)
 def test_lessons_ask_what_their_answers_fit(form: str) -> None:
     for seed in range(30):
-        scene = make_long_scene(seed)
+        scene = make_long_scene(seed, difficulty=LongDifficulty(letter=1.0))
         lesson = make_lesson(scene, form, random.Random(seed))
         events = {found.segment for found in long_questions(scene)}
-        assert lesson.turns and lesson.granularity == ("coarse" if form in ("policy", "plain_coarse") else "fine")
-        if form == "policy":
+        assert lesson.turns and lesson.granularity == ("fine" if form in ("plain_fine", "cut", "judge") else "coarse")
+        if form.startswith("policy"):
+            asked = [text.split("Question: ")[-1] for text, _ in lesson.turns]
+            assert form != "policy_letter" or [" letter " in text for text in asked] == [True]
+            assert form != "policy_named" or {*asked} <= {*SHAPES, *COLOURS, "letter"}
             for _, answer in lesson.turns:
                 policy = policies.parse_coarse(answer)
                 assert (policy.t_start, policy.t_end) in events and policy.state == "json"
@@ -142,6 +155,30 @@ def test_lessons_ask_what_their_answers_fit(form: str) -> None:
             truth = {x.segment for x in long_questions(scene) if x.question.question in lesson.turns[0][0]}
             seen = any(min(end, lesson.segment[1]) > max(start, lesson.segment[0]) for start, end in truth)
             assert seen == (judged.reflection == "")
+
+
+def test_segments_that_were_sent_back_are_wrong_and_at_most_as_many_as_the_controller_gives() -> None:
+    numbers = set()
+    for seed in range(60):
+        scene = make_long_scene(seed)
+        for text, answer in make_lesson(scene, "policy", random.Random(seed)).turns:
+            policy = policies.parse_coarse(answer)
+            sent_back = [tuple(map(float, found)) for found in re.findall(r"(\d+\.0) to (\d+\.0) is not", text)]
+            assert all(end <= policy.t_start or start >= policy.t_end for start, end in sent_back)
+            assert policies.DIFFERS in text or not sent_back
+            numbers.add(len(sent_back))
+    assert numbers == {0, 1, 2, 3}
+
+
+def test_policies_begin_to_look_where_plain_answers_do(built) -> None:
+    model, processor = built
+    table, tokenizer = model.get_input_embeddings().weight, processor.tokenizer
+    plain, policy = (tokenizer.convert_tokens_to_ids(phrase) for phrase in (" ASSISTANT:", ' {"t_start": '))
+    before = table.detach().clone()
+    assert not torch.equal(before[plain], before[policy])
+    begin_as_answers(model, tokenizer)
+    changed = (table != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [policy] and torch.equal(table[policy], before[plain])
 
 
 def test_wrong_segments_show_nothing_of_the_event() -> None:

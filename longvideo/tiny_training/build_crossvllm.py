@@ -31,6 +31,8 @@ PATCH = 8
 LONGEST = 300
 NOT_SEEN = "it is not seen here ."
 NUM_TOKENIZER_SCENES = 200
+ANSWERS = " ASSISTANT:"
+BEFORE_START = ' {"t_start": '
 
 
 def prompt_phrases() -> list[str]:
@@ -64,9 +66,9 @@ def prompt_phrases() -> list[str]:
         f".0{feedback[1]}",
         "Question: ",
         "USER: ",
-        " ASSISTANT:",
+        ANSWERS,
     ]
-    written = [' {"t_start": ', '.0, "t_end": ', '.0, "answer": ""}', ' {"reflection": "', '", "answer": "', '"}']
+    written = [BEFORE_START, '.0, "t_end": ', '.0, "answer": ""}', ' {"reflection": "', '", "answer": "', '"}']
     return [*prompts, *written, NOT_SEEN]
 
 
@@ -165,6 +167,21 @@ def take_projectors(model: CrossVLLMForConditionalGeneration, folder: str | Path
     source = VideoChatFlashForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).model
     for projector in model.model.projectors.values():
         projector.load_state_dict(source.multi_modal_projector.state_dict())
+
+
+@torch.no_grad()
+def begin_as_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Lets the token in front of a policy's first time begin as the one in front of a plain answer.
+
+    A decoder that answers plain questions looks there for what the question names, and only has to read its time.
+
+    Args:
+        model: its input embedding, which is its head as well, is changed in place.
+        tokenizer: of the model.
+    """
+    table = model.get_input_embeddings().weight
+    plain, policy = (tokenizer.convert_tokens_to_ids(phrase) for phrase in (ANSWERS, BEFORE_START))
+    table[policy] = table[plain]
 
 
 def build_crossvllm() -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -6,7 +6,7 @@ drawn whole: of the frames that a module sees each different picture is drawn an
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,11 @@ from longvideo.trainers.label_rules import IGNORE_INDEX
 
 BATCH_SIZE = 16
 MOST_TURNS = 4
-# Forms of a row by granularity: "plain" questions, the policies of P_c, the judgements of P_f.
-FORMS = ("plain_coarse", "plain_fine", "cut", "policy", "judge")
+# As many as the controller gives at its usual limit.
+MOST_SENT_BACK = 3
+# Forms of a row: "plain" questions, policies of P_c (about anything, the letter alone, or a bare name as in temporal
+# grounding), the judgements of P_f.
+FORMS = ("plain_coarse", "plain_fine", "cut", "policy", "policy_letter", "policy_named", "judge")
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,19 @@ class CrossStage:
         name: folder of its checkpoints.
         num_steps: optimizer steps.
         learning_rate: peak rate.
-        shares: how often a batch is of which of FORMS.
-        difficulty: long scenes that rows are made of, or the name of such.
+        shares: how often a batch is of which of FORMS, and the long scenes that its rows are made of, or their name.
         learns: "projectors", "base" (projectors and decoder), or a granularity.
         schedule: "linear" (down to zero) or "constant_with_warmup".
+        looks: whether policies begin to look for what is named as plain answers do; see `begin_as_answers`.
     """
 
     name: str
     num_steps: int
     learning_rate: float
-    shares: tuple[tuple[str, float], ...]
-    difficulty: str | LongDifficulty
+    shares: tuple[tuple[str, float, str | LongDifficulty], ...]
     learns: str
     schedule: str = "linear"
+    looks: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ class CrossLessons(Dataset):
     def __getitem__(self, index: int) -> Lesson:
         seed = self.first_seed + index
         # Rows of a batch are of one form, hence of one granularity, and little is padded.
-        names, weights = zip(*self.stage.shares, strict=True)
-        form = random.Random(f"crossvllm batch {seed // BATCH_SIZE}").choices(names, weights)[0]
+        shares, weights = self.stage.shares, [share for _, share, _ in self.stage.shares]
+        form, _, difficulty = random.Random(f"crossvllm batch {seed // BATCH_SIZE}").choices(shares, weights)[0]
         rng = random.Random(f"crossvllm lesson {seed}")
-        return make_lesson(make_long_scene(seed, difficulty=self.stage.difficulty), form, rng)
+        return make_lesson(make_long_scene(seed, difficulty=difficulty), form, rng)
 
 
 def make_lesson(scene: Scene, form: str, rng: random.Random) -> Lesson:
@@ -112,7 +115,11 @@ def make_lesson(scene: Scene, form: str, rng: random.Random) -> Lesson:
         The row.
     """
     asked = _one_of_each_event(scene, rng)
-    if form == "policy":
+    if form.startswith("policy"):
+        if form == "policy_letter":
+            asked = [found for found in asked if found.question.kind == "needle"]
+        if form == "policy_named":
+            asked = [_by_name(scene, found, rng) for found in asked]
         turns = [(_policy_prompt(scene, found, rng), policy_text(*found.segment)) for found in asked[:MOST_TURNS]]
         return Lesson(scene, "coarse", None, tuple(turns))
     if form.startswith("plain"):
@@ -141,15 +148,23 @@ def _one_of_each_event(scene: Scene, rng: random.Random) -> list[LongQuestion]:
     return asked
 
 
+def _by_name(scene: Scene, found: LongQuestion, rng: random.Random) -> LongQuestion:
+    """Asks for what is seen by nothing but a name of it: its shape, its colour, or that it is a letter."""
+    names = [name for actor in scene.actors if actor.enter == found.segment[0] for name in (actor.shape, actor.colour)]
+    return replace(found, question=replace(found.question, question=rng.choice(names or ["letter"])))
+
+
 def _policy_prompt(scene: Scene, found: LongQuestion, rng: random.Random) -> str:
-    """P_c of training in half of all cases, else that of inference, with or without segments that were sent back."""
-    kind = rng.random()
-    rejected = []
-    if kind > 0.75:
-        rejected = [
-            Rejected(wrong_segment(scene, found.segment, rng), NOT_SEEN) for _ in range(rng.choice((1, 1, 2, 3)))
-        ]
-    return coarse_prompt(found.question.question, scene.duration, rejected=rejected, grounding_only=kind < 0.5)
+    """P_c of training or of inference, in half of all cases with segments that were sent back, mostly other events."""
+    if rng.random() < 0.45:
+        return coarse_prompt(found.question.question, scene.duration, grounding_only=rng.random() < 0.5)
+    others = sorted({other.segment for other in long_questions(scene)} - {found.segment})
+    sent_back = rng.sample(others, rng.randint(0, len(others)))
+    if not sent_back or rng.random() < 0.25:
+        sent_back.append(wrong_segment(scene, found.segment, rng))
+    segments = [seen if rng.random() < 0.6 else shift_segment(scene, seen, rng) for seen in sent_back[:MOST_SENT_BACK]]
+    rejected = [Rejected(segment, NOT_SEEN) for segment in segments]
+    return coarse_prompt(found.question.question, scene.duration, rejected=rejected)
 
 
 def shift_segment(scene: Scene, segment: tuple[float, float], rng: random.Random) -> tuple[float, float]:

@@ -30,7 +30,13 @@ from longvideo.evaluation.command import run_command
 from longvideo.evaluation.corpus import Difficulty
 from longvideo.evaluation.corpus.long_scenes import LongDifficulty
 from longvideo.modeling.crossvllm.modeling_crossvllm import CrossVLLMForConditionalGeneration
-from longvideo.tiny_training.build_crossvllm import build_crossvllm, order_times, take_projectors, take_tower
+from longvideo.tiny_training.build_crossvllm import (
+    begin_as_answers,
+    build_crossvllm,
+    order_times,
+    take_projectors,
+    take_tower,
+)
 from longvideo.tiny_training.build_parts import encode_frames
 from longvideo.tiny_training.crossvllm_checks import check_modules
 from longvideo.tiny_training.crossvllm_rows import BATCH_SIZE, CrossLessons, CrossStage, LessonCollator, LongQuestions
@@ -55,16 +61,19 @@ TOWER = TowerLessons(
     statistics=lambda processor: (processor.video_processor.image_mean, processor.video_processor.image_std),
     phases=(replace(IMAGES, difficulty=SHOWN, batch_size=64, num_steps=200, learning_rate=5e-4, warmup_steps=20),),
 )
-# What is asked for is often alone: no step of finding it stands between a place and its time.
-MOSTLY_ONE = LongDifficulty(shapes=(1, 1, 1, 2), letter=0.3)
+# One thing in a video: when is it seen? And what moves, for the detail module alone.
+ONE = LongDifficulty(shapes=(1,), letter=0.0)
+MOVING = LongDifficulty(move=1.0, letter=0.1)
 ONE_TO_THREE = LongDifficulty(shapes=(1, 2, 3))
+# What is looked for is one letter among shapes: a place has to be read whatever stands around it.
+LETTERED = LongDifficulty(shapes=(1, 2, 3), letter=1.0)
+ONE_AND_LETTER = LongDifficulty(shapes=(1,), letter=1.0)
 STAGES = (
     CrossStage(
         "1-align",
         100,
         7e-4,
-        (("plain_coarse", 0.8), ("plain_fine", 0.2)),
-        ONE_TO_THREE,
+        (("plain_coarse", 0.8, ONE_TO_THREE), ("plain_fine", 0.2, ONE_TO_THREE)),
         "projectors",
         "constant_with_warmup",
     ),
@@ -72,21 +81,66 @@ STAGES = (
         "2a-answers",
         300,
         7e-4,
-        (("plain_coarse", 0.6), ("plain_fine", 0.2), ("judge", 0.2)),
-        ONE_TO_THREE,
+        (("plain_coarse", 0.6, ONE_TO_THREE), ("plain_fine", 0.2, ONE_TO_THREE), ("judge", 0.2, ONE_TO_THREE)),
         "base",
         "constant_with_warmup",
     ),
+    CrossStage("2b-moves", 800, 1e-3, (("cut", 0.8, MOVING), ("plain_coarse", 0.2, "long")), "base"),
     CrossStage(
-        "2b-times",
-        1500,
+        "2c-one", 2000, 1e-3, (("policy", 0.9, ONE), ("plain_coarse", 0.05, "long"), ("judge", 0.05, "long")), "base"
+    ),
+    CrossStage(
+        "2d-letter",
+        1000,
         1e-3,
-        (("policy", 0.7), ("plain_coarse", 0.1), ("plain_fine", 0.1), ("judge", 0.1)),
-        MOSTLY_ONE,
+        (("policy_letter", 0.8, LETTERED), ("policy", 0.12, ONE), ("plain_coarse", 0.08, "long")),
         "base",
     ),
-    CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0),), "long", "coarse"),
-    CrossStage("4-fine", 300, 1e-3, (("cut", 0.6), ("judge", 0.4)), "long", "fine"),
+    CrossStage(
+        "2e-which",
+        2000,
+        1e-3,
+        (
+            ("policy", 0.35, ONE_AND_LETTER),
+            ("policy_letter", 0.15, LETTERED),
+            ("policy", 0.2, ONE_TO_THREE),
+            ("policy", 0.12, ONE),
+            ("plain_coarse", 0.08, "long"),
+            ("cut", 0.1, MOVING),
+        ),
+        "base",
+        looks=True,
+    ),
+    CrossStage(
+        "2f-named",
+        2000,
+        1e-3,
+        (
+            ("policy_named", 0.55, ONE_TO_THREE),
+            ("policy", 0.12, "long"),
+            ("policy", 0.05, ONE),
+            ("policy_letter", 0.08, LETTERED),
+            ("plain_coarse", 0.12, "long"),
+            ("cut", 0.08, MOVING),
+        ),
+        "base",
+    ),
+    CrossStage(
+        "2g-all",
+        1400,
+        8e-4,
+        (
+            ("policy_named", 0.3, ONE_TO_THREE),
+            ("policy", 0.4, "long"),
+            ("policy_letter", 0.06, LETTERED),
+            ("plain_coarse", 0.06, "long"),
+            ("cut", 0.08, MOVING),
+            ("judge", 0.1, "long"),
+        ),
+        "base",
+    ),
+    CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0, "long"),), "coarse"),
+    CrossStage("4-fine", 300, 1e-3, (("cut", 0.6, "long"), ("judge", 0.4, "long")), "fine"),
 )
 RL_NAME = "5-both"
 RL_PAIRS = 100
@@ -184,6 +238,9 @@ def run_stage(
     """
     prepare(model, stage)
     folder = out / stage.name
+    checkpoint = find_last_checkpoint(str(folder))
+    if stage.looks and checkpoint is None:
+        begin_as_answers(model, processor.tokenizer)
     args = VideoSFTConfig(
         per_device_train_batch_size=BATCH_SIZE,
         max_steps=stage.num_steps,
@@ -203,7 +260,7 @@ def run_stage(
         callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
     )
     with fast_attention(bf16):
-        trainer.train(resume_from_checkpoint=find_last_checkpoint(str(folder)))
+        trainer.train(resume_from_checkpoint=checkpoint)
     return not stop.stopped
 
 

@@ -4,6 +4,7 @@ the tiny CrossVLLM."""
 import pytest
 
 from longvideo.evaluation.granularity_states import (
+    STAGE_FOLDERS,
     check_same_base,
     checkpoint_of,
     module_weights,
@@ -95,9 +96,10 @@ def test_errors_are_one_line(tmp_path, capsys) -> None:
     assert "give either --run, or all of --base" in capsys.readouterr().err
     assert main(["--run", str(tmp_path)]) == 2
     assert "holds no finished stage" in capsys.readouterr().err
-    (tmp_path / "2b-times" / "checkpoint-1").mkdir(parents=True)
-    (tmp_path / "2b-times" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    stage = tmp_path / STAGE_FOLDERS["base"]
+    (stage / "checkpoint-1").mkdir(parents=True)
+    (stage / "checkpoint-1" / "trainer_state.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="no finished stage"):
         checkpoint_of(tmp_path, "base")
-    (tmp_path / "2b-times" / "done").touch()
+    (stage / "done").touch()
     assert checkpoint_of(tmp_path, "base").endswith("checkpoint-1")
