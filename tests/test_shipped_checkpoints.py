@@ -89,5 +89,5 @@ def test_its_modules_look_and_judge() -> None:
     found = check_modules(model, processor, 32)
     # A segment of 10 to 20 seconds at random in two to five minutes touches the right one in a seventh of all cases;
     # one answer at random is right in less than a fifth, and one judgement in half.
-    assert found["parsed"] >= 0.9 and found["overlaps"] >= 0.2
-    assert found["right_true"] >= 0.6 and min(found["accepts_true"], found["rejects_wrong"]) >= 0.8
+    assert found["parsed"] >= 0.9 and found["overlaps"] >= 0.4
+    assert found["right_true"] >= 0.85 and min(found["accepts_true"], found["rejects_wrong"]) >= 0.8

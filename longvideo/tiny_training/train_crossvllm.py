@@ -3,13 +3,13 @@
     python -m longvideo.tiny_training.train_crossvllm --out runs/tiny_crossvllm
 
 Stages are folders of `--out`: the tower, alignment of the projectors, a base that answers plain questions and then
-knows the forms of all prompts where little is seen, the coarse and the fine module by supervised finetuning, and both
-by cross-granularity training. A run that was stopped goes on from the newest complete checkpoint when the command is
-given again. After each stage a few held-out questions are answered; what came of it stands in the log.
+reads the time of one thing, of a letter among others, and of what a bare name or a question asks for, the coarse and
+the fine module by supervised finetuning, and both by cross-granularity training. A run that was stopped goes on from
+the newest complete checkpoint when the command is given again. After each stage a few held-out questions are answered;
+what came of it stands in the log.
 
 Differs from the paper: its base is a language model that follows any prompt, so that only P_c is trained; here the
-base learns the forms of the policies on videos of one or two things, and both modules see them again beside what the
-paper trains.
+base learns the forms of the policies too, and both modules see them again beside what the paper trains.
 """
 
 import argparse
@@ -140,10 +140,10 @@ STAGES = (
         "base",
     ),
     CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0, "long"),), "coarse"),
-    CrossStage("4-fine", 300, 1e-3, (("cut", 0.6, "long"), ("judge", 0.4, "long")), "fine"),
+    CrossStage("4-fine", 800, 1e-3, (("cut", 0.25, "long"), ("judge", 0.4, MOVING), ("judge", 0.35, "long")), "fine"),
 )
 RL_NAME = "5-both"
-RL_PAIRS = 100
+RL_PAIRS = 160
 RL_QUESTIONS = 8
 
 
@@ -296,9 +296,8 @@ def run_both(
     args = CrossGranularityConfig(
         per_device_train_batch_size=RL_QUESTIONS,
         max_steps=2 * num_pairs,
-        # Of four policies none touches the answer in half of all cases, and a wrong one would be preferred.
-        num_policies=8,
-        coarse_learning_rate=1e-4,
+        num_policies=4,
+        coarse_learning_rate=2e-4,
         fine_learning_rate=5e-5,
         warmup_steps=min(10, num_pairs),
         lr_scheduler_type="cosine",
