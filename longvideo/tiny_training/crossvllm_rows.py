@@ -35,8 +35,8 @@ BATCH_SIZE = 16
 MOST_TURNS = 4
 # As many as the controller gives at its usual limit.
 MOST_SENT_BACK = 3
-# Forms of a row: "plain" questions, policies of P_c (about anything, the letter alone, or a bare name as in temporal
-# grounding), the judgements of P_f.
+# Forms of a row: "plain" questions, policies of P_c (about anything; the letter alone, in scenes that all have one; or a
+# bare name as in temporal grounding), the judgements of P_f.
 FORMS = ("plain_coarse", "plain_fine", "cut", "policy", "policy_letter", "policy_named", "judge")
 
 
@@ -159,11 +159,12 @@ def _policy_prompt(scene: Scene, found: LongQuestion, rng: random.Random) -> str
     if rng.random() < 0.45:
         return coarse_prompt(found.question.question, scene.duration, grounding_only=rng.random() < 0.5)
     others = sorted({other.segment for other in long_questions(scene)} - {found.segment})
-    sent_back = rng.sample(others, rng.randint(0, len(others)))
+    some = rng.sample(others, rng.randint(0, len(others)))
+    # Other events are a step away from this one at least, and stay wrong when they are moved by half of it.
+    sent_back = [seen if rng.random() < 0.6 else shift_segment(scene, seen, rng) for seen in some]
     if not sent_back or rng.random() < 0.25:
         sent_back.append(wrong_segment(scene, found.segment, rng))
-    segments = [seen if rng.random() < 0.6 else shift_segment(scene, seen, rng) for seen in sent_back[:MOST_SENT_BACK]]
-    rejected = [Rejected(segment, NOT_SEEN) for segment in segments]
+    rejected = [Rejected(segment, NOT_SEEN) for segment in sent_back[:MOST_SENT_BACK]]
     return coarse_prompt(found.question.question, scene.duration, rejected=rejected)
 
 
