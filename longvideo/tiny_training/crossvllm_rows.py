@@ -35,8 +35,8 @@ BATCH_SIZE = 16
 MOST_TURNS = 4
 # As many as the controller gives at its usual limit.
 MOST_SENT_BACK = 3
-# Forms of a row: "plain" questions, policies of P_c (about anything; the letter alone, in scenes that all have one; or a
-# bare name as in temporal grounding), the judgements of P_f.
+# Forms of a row: "plain" questions, policies of P_c (about anything; the letter alone, in scenes that all have one; or
+# a bare name as in temporal grounding), the judgements of P_f.
 FORMS = ("plain_coarse", "plain_fine", "cut", "policy", "policy_letter", "policy_named", "judge")
 
 
