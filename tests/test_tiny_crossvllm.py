@@ -69,12 +69,12 @@ def test_it_fits_in_eight_megabytes_with_both_adapters(built) -> None:
     config = model.config
     assert config.tokens_per_frame("coarse") == 1 and config.tokens_per_frame("fine") == 9
     adapters = 2 * sum(
-        16 * (x.weight.shape[0] + x.weight.shape[1])
+        config.lora_r * (x.weight.shape[0] + x.weight.shape[1])
         for x in model.model.language_model.modules()
         if isinstance(x, torch.nn.Linear)
     )
     # Two bytes each; the projectors are written twice.
-    assert 2 * (sum(x.numel() for x in model.parameters()) + adapters) < 7.5e6
+    assert 2 * (sum(x.numel() for x in model.parameters()) + adapters) < 7.7e6
 
 
 def test_what_never_varies_in_prompts_is_one_token(built) -> None:
@@ -142,7 +142,9 @@ def test_lessons_ask_what_their_answers_fit(form: str) -> None:
         scene = make_long_scene(seed, difficulty=LongDifficulty(letter=1.0))
         lesson = make_lesson(scene, form, random.Random(seed))
         events = {found.segment for found in long_questions(scene)}
-        assert lesson.turns and lesson.granularity == ("fine" if form in ("plain_fine", "cut", "judge") else "coarse")
+        assert lesson.turns and lesson.granularity == (
+            "fine" if form in ("plain_fine", "cut", "missed", "judge") else "coarse"
+        )
         if form.startswith("policy"):
             asked = [text.split("Question: ")[-1] for text, _ in lesson.turns]
             assert form != "policy_letter" or [" letter " in text for text in asked] == [True]
@@ -150,6 +152,12 @@ def test_lessons_ask_what_their_answers_fit(form: str) -> None:
             for _, answer in lesson.turns:
                 policy = policies.parse_coarse(answer)
                 assert (policy.t_start, policy.t_end) in events and policy.state == "json"
+        if form == "missed":
+            ((question, answer),) = lesson.turns
+            (asked,) = (
+                x for x in long_questions(scene) if (x.question.question, x.question.answer) == (question, answer)
+            )
+            assert lesson.segment[1] <= asked.segment[0] or lesson.segment[0] >= asked.segment[1]
         if form == "judge":
             judged = policies.parse_fine(lesson.turns[0][1])
             truth = {x.segment for x in long_questions(scene) if x.question.question in lesson.turns[0][0]}

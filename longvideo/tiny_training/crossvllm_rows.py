@@ -5,7 +5,8 @@ drawn whole: of the frames that a module sees each different picture is drawn an
 """
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,15 +30,17 @@ from longvideo.processing.crossvllm.source_frames import cut_of
 from longvideo.processing.crossvllm.video_processing_crossvllm import spread_over
 from longvideo.processing.shared.frame_sampling import covering_range
 from longvideo.tiny_training.build_crossvllm import COARSE_FRAMES, FINE_FRAMES, NOT_SEEN
+from longvideo.tiny_training.guided_attention import Guide
 from longvideo.trainers.label_rules import IGNORE_INDEX
 
 BATCH_SIZE = 16
 MOST_TURNS = 4
 # As many as the controller gives at its usual limit.
 MOST_SENT_BACK = 3
-# Forms of a row: "plain" questions, policies of P_c (about anything; the letter alone, in scenes that all have one; or
-# a bare name as in temporal grounding), the judgements of P_f.
-FORMS = ("plain_coarse", "plain_fine", "cut", "policy", "policy_letter", "policy_named", "judge")
+# Forms of a row: "plain" questions (about all of a video, or about a segment that shows the answer or misses it),
+# policies of P_c (about anything; the letter alone, in scenes that all have one; or a bare name as in temporal
+# grounding), the judgements of P_f.
+FORMS = ("plain_coarse", "plain_fine", "cut", "missed", "policy", "policy_letter", "policy_named", "judge")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class CrossStage:
         learns: "projectors", "base" (projectors and decoder), or a granularity.
         schedule: "linear" (down to zero) or "constant_with_warmup".
         looks: whether policies begin to look for what is named as plain answers do; see `begin_as_answers`.
+        guided: weight of the loss that tells policies where to look; see `guided_attention`.
     """
 
     name: str
@@ -61,6 +65,7 @@ class CrossStage:
     learns: str
     schedule: str = "linear"
     looks: bool = False
+    guided: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,14 @@ class Lesson:
         granularity: "coarse" or "fine".
         segment: (start, end) in seconds; None for the whole video.
         turns: texts and answers.
+        events: for policies the (start, end) in seconds that each turn asks for.
     """
 
     scene: Scene
     granularity: str
     segment: tuple[float, float] | None
     turns: tuple[tuple[str, str], ...]
+    events: tuple[tuple[float, float], ...] = ()
 
 
 class CrossLessons(Dataset):
@@ -120,12 +127,17 @@ def make_lesson(scene: Scene, form: str, rng: random.Random) -> Lesson:
             asked = [found for found in asked if found.question.kind == "needle"]
         if form == "policy_named":
             asked = [_by_name(scene, found, rng) for found in asked]
-        turns = [(_policy_prompt(scene, found, rng), policy_text(*found.segment)) for found in asked[:MOST_TURNS]]
-        return Lesson(scene, "coarse", None, tuple(turns))
+        asked = asked[:MOST_TURNS]
+        turns = [(_policy_prompt(scene, found, rng), policy_text(*found.segment)) for found in asked]
+        return Lesson(scene, "coarse", None, tuple(turns), tuple(found.segment for found in asked))
     if form.startswith("plain"):
         turns = [(plain_prompt(found.question.question), found.question.answer) for found in asked[:MOST_TURNS]]
         return Lesson(scene, form.removeprefix("plain_"), None, tuple(turns))
     chosen = asked[0]
+    if form == "missed":
+        # Nothing can be told from such a segment, so that all of them score alike when policies are compared.
+        missed = wrong_segment(scene, chosen.segment, rng)
+        return Lesson(scene, "fine", missed, ((chosen.question.question, chosen.question.answer),))
     same = [found for found in long_questions(scene) if found.segment == chosen.segment]
     segment = shift_segment(scene, chosen.segment, rng)
     if form == "cut":
@@ -150,8 +162,21 @@ def _one_of_each_event(scene: Scene, rng: random.Random) -> list[LongQuestion]:
 
 def _by_name(scene: Scene, found: LongQuestion, rng: random.Random) -> LongQuestion:
     """Asks for what is seen by nothing but a name of it: its shape, its colour, or that it is a letter."""
-    names = [name for actor in scene.actors if actor.enter == found.segment[0] for name in (actor.shape, actor.colour)]
-    return replace(found, question=replace(found.question, question=rng.choice(names or ["letter"])))
+    return replace(found, question=replace(found.question, question=rng.choice(names_of(scene, found.segment))))
+
+
+def names_of(scene: Scene, event: tuple[float, float]) -> list[str]:
+    """Lists the words that name what is seen in an event.
+
+    Args:
+        scene: what the video shows.
+        event: (start, end) in seconds of one thing.
+
+    Returns:
+        Its shape and its colour, or that it is a letter.
+    """
+    shapes = [name for actor in scene.actors if actor.enter == event[0] for name in (actor.shape, actor.colour)]
+    return shapes or ["letter"]
 
 
 def _policy_prompt(scene: Scene, found: LongQuestion, rng: random.Random) -> str:
@@ -274,10 +299,11 @@ class LessonCollator:
         model: the model that learns.
         processor: of the model.
         bf16: whether the tower computes in bfloat16.
+        guided: whether to say where policies should look.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, bf16: bool = False):
-        self.encoder, self.processor, self.bf16 = SceneEncoder(model, processor), processor, bf16
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, bf16: bool = False, guided: bool = False):
+        self.encoder, self.processor, self.bf16, self.guided = SceneEncoder(model, processor), processor, bf16, guided
 
     def __call__(self, rows: Sequence[Lesson]) -> dict[str, Any]:
         """Collates lessons of one granularity.
@@ -286,7 +312,8 @@ class LessonCollator:
             rows: the lessons.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, S), `vision_features` (per row (T, P, E)) and `granularity`.
+            `input_ids`, `attention_mask`, `labels` (B, S), `vision_features` (per row (T, P, E)), `granularity`, and
+            `guides` (of policies, where they are guided; else empty).
         """
         granularity = rows[0].granularity
         views = [(row.scene, frame_indices(row.scene, granularity, row.segment)) for row in rows]
@@ -300,21 +327,57 @@ class LessonCollator:
             ids_BS[place, : len(ids)], labels_BS[place, : len(ids)] = torch.tensor(ids), torch.tensor(labels)
             mask_BS[place, : len(ids)] = 1
         batch = {"input_ids": ids_BS, "attention_mask": mask_BS, "labels": labels_BS}
-        return {**batch, "vision_features": features, "granularity": granularity}
+        guides = [
+            guide
+            for number, (row, (_, indices)) in enumerate(zip(rows, views, strict=True))
+            if self.guided
+            for guide in self._guides(number, row, indices)
+        ]
+        return {**batch, "vision_features": features, "granularity": granularity, "guides": guides}
+
+    def _guides(self, number: int, row: Lesson, indices: Sequence[int]) -> Iterator[Guide]:
+        """Yields where the first token of each policy of a row should look: at the name and at the frames."""
+        tokenizer = self.processor.tokenizer
+        for turn, event in enumerate(row.events):
+            prompt = self._prompt(row, turn, len(indices))
+            encoded = tokenizer(prompt, return_offsets_mapping=True)
+            asked = prompt.rindex("Question: ")
+            named = [x.span() for x in re.finditer(rf"\b({'|'.join(names_of(row.scene, event))})\b", prompt[asked:])]
+            names = [
+                place
+                for place, (start, end) in enumerate(encoded["offset_mapping"])
+                if any(start - asked < last and end - asked > first for first, last in named)
+            ]
+            visual = [
+                place for place, x in enumerate(encoded["input_ids"]) if x == self.encoder.model.config.video_token_id
+            ]
+            each = len(visual) // len(indices)
+            frames = [
+                place
+                for frame, index in enumerate(indices)
+                if event[0] <= (index + 0.5) / LONG_FPS < event[1]
+                for place in visual[frame * each : (frame + 1) * each]
+            ]
+            yield Guide(number, len(encoded["input_ids"]), tuple(names), tuple(frames))
+
+    def _prompt(self, row: Lesson, turn: int, num_frames: int) -> str:
+        """Everything before the answer of a turn."""
+        messages: list[dict[str, Any]] = []
+        visual: list[dict[str, Any]] = [{"type": "video", "video": "-"}]
+        for text, answer in row.turns[: turn + 1]:
+            messages.append({"role": "user", "content": [*visual, {"type": "text", "text": text}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+            visual = []
+        return self.processor.prompt_of(messages[:-1], [num_frames], granularity=row.granularity)
 
     def _tokens(self, row: Lesson, num_frames: int) -> tuple[list[int], list[int]]:
-        messages, ids, labels = [], [], []
-        visual: list[dict[str, Any]] = [{"type": "video", "video": "-"}]
-        for text, answer in row.turns:
-            messages.append({"role": "user", "content": [*visual, {"type": "text", "text": text}]})
-            prompt = self.processor.prompt_of(messages, [num_frames], granularity=row.granularity)
-            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        ids, labels = [], []
+        for turn, (_, answer) in enumerate(row.turns):
             # What stands before is spelled alike whatever follows: every turn begins and ends with a token of its own.
-            before = self.processor.tokenizer(prompt)["input_ids"]
+            before = self.processor.tokenizer(self._prompt(row, turn, num_frames))["input_ids"]
             after = self.processor.tokenizer(f" {answer}{self.processor.tokenizer.eos_token}")["input_ids"]
             labels += [IGNORE_INDEX] * (len(before) - len(ids)) + after
             ids = before + after
-            visual = []
         return ids, labels
 
 

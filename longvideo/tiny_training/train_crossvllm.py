@@ -41,6 +41,7 @@ from longvideo.tiny_training.build_parts import encode_frames
 from longvideo.tiny_training.crossvllm_checks import check_modules
 from longvideo.tiny_training.crossvllm_rows import BATCH_SIZE, CrossLessons, CrossStage, LessonCollator, LongQuestions
 from longvideo.tiny_training.decoder import TINY_FOLDER, take_decoder
+from longvideo.tiny_training.guided_attention import GuidedAttention
 from longvideo.tiny_training.precision import BF16_HELP, fast_attention, precision_arguments
 from longvideo.tiny_training.tower import IMAGES, TowerLessons, pretrain_tower
 from longvideo.tiny_training.train import LossLog, StopAtTime, export
@@ -127,8 +128,8 @@ STAGES = (
     ),
     CrossStage(
         "2g-all",
-        1400,
-        8e-4,
+        800,
+        1e-3,
         (
             ("policy_named", 0.3, ONE_TO_THREE),
             ("policy", 0.4, "long"),
@@ -138,9 +139,16 @@ STAGES = (
             ("judge", 0.1, "long"),
         ),
         "base",
+        guided=0.5,
     ),
-    CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0, "long"),), "coarse"),
-    CrossStage("4-fine", 800, 1e-3, (("cut", 0.25, "long"), ("judge", 0.4, MOVING), ("judge", 0.35, "long")), "fine"),
+    CrossStage("3-coarse", 150, 1e-3, (("policy", 1.0, "long"),), "coarse"),
+    CrossStage(
+        "4-fine",
+        800,
+        1e-3,
+        (("cut", 0.25, "long"), ("missed", 0.25, "long"), ("judge", 0.4, MOVING), ("judge", 0.35, "long")),
+        "fine",
+    ),
 )
 RL_NAME = "5-both"
 RL_PAIRS = 160
@@ -148,16 +156,34 @@ RL_QUESTIONS = 8
 
 
 class FeatureTrainer(VideoSFTTrainer):
-    """Supervised finetuning on batches of `LessonCollator`, in the granularity of each batch."""
+    """Supervised finetuning on batches of `LessonCollator`, in the granularity of each batch.
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    Args:
+        args, kwargs: of `VideoSFTTrainer`.
+        guided: weight of the loss that tells policies where to look.
+    """
+
+    def __init__(self, *args: Any, guided: float = 0.0, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.guided, self.attention = guided, GuidedAttention(self.model.model.language_model)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """Projects the tower's features in the batch's granularity and runs the rest as its base class does."""
         inputs = dict(inputs)
+        guides = inputs.pop("guides")
         granularity, features = inputs.pop("granularity"), inputs.pop("vision_features")
         # For good: layers that are computed again in the backward pass keep to it.
         self.model.set_granularity(granularity)
         video = self.model.get_video_features(vision_features=features, granularity=granularity, return_dict=True)
-        return super().compute_loss(model, {**inputs, "mm_encoder_outputs": {"video": video}}, *args, **kwargs)
+        inputs["mm_encoder_outputs"] = {"video": video}
+        with self.attention.watching():
+            found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            if not guides:
+                return found
+            guidance = self.guided * self.attention.loss(guides, inputs["attention_mask"])
+        return (found[0] + guidance, *found[1:]) if return_outputs else found + guidance
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.model.has_adapters:
@@ -254,10 +280,11 @@ def run_stage(
     trainer = FeatureTrainer(
         model,
         args,
-        data_collator=LessonCollator(model, processor, bf16=bf16),
+        data_collator=LessonCollator(model, processor, bf16=bf16, guided=stage.guided > 0),
         train_dataset=CrossLessons(stage, first_seed=first_seed),
         processing_class=processor,
         callbacks=[stop, LossLog(out / "log.jsonl", stage.name)],
+        guided=stage.guided,
     )
     with fast_attention(bf16):
         trainer.train(resume_from_checkpoint=checkpoint)
