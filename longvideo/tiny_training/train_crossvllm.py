@@ -141,7 +141,7 @@ STAGES = (
         "base",
         guided=0.5,
     ),
-    CrossStage("3-coarse", 150, 1e-3, (("policy", 1.0, "long"),), "coarse"),
+    CrossStage("3-coarse", 600, 1e-3, (("policy", 1.0, "long"),), "coarse"),
     CrossStage(
         "4-fine",
         800,
@@ -151,10 +151,10 @@ STAGES = (
     ),
 )
 RL_NAME = "5-both"
-# Thirty times through few questions: one visit teaches little, and as many new questions in their place left the share
+# Twenty times through few questions: one visit teaches little, and as many new questions in their place left the share
 # of right segments where it was.
-RL_ROWS = 192
-RL_PAIRS = 360
+RL_ROWS = 96
+RL_PAIRS = 120
 RL_QUESTIONS = 16
 
 
