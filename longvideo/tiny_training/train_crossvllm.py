@@ -151,10 +151,10 @@ STAGES = (
     ),
 )
 RL_NAME = "5-both"
-# Twenty times through few questions: one visit teaches little, and as many new questions in their place left the share
-# of right segments where it was.
-RL_ROWS = 96
-RL_PAIRS = 120
+# Thirteen times through few questions: one visit teaches little, and as many new questions in their place left the
+# share of right segments where it was.
+RL_ROWS = 192
+RL_PAIRS = 160
 RL_QUESTIONS = 16
 
 
